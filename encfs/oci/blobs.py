@@ -52,6 +52,9 @@ class Blob(Protocol):
     def try_read_into(self, offset: int, buffer: memoryview) -> bool:
         """The same if the bytes are at hand without waiting for disk or network; False (buffer undefined) otherwise."""
 
+    def discard(self, offset: int, size: int) -> bool:
+        """These bytes did not verify: drop any local copy of them. True if reading again may give others."""
+
     def close(self) -> None: ...
 
 
