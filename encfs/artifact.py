@@ -1,0 +1,177 @@
+"""Open an artifact: manifest, content digest, trust, keyring, volumes — in this order, each checked before the next.
+
+`open_artifact` is the one way in for everything that reads plaintext. `load_artifact` stops before the keys: what it
+gives is self-consistent, but its origin is not accepted by anybody yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from encfs.errors import FormatError, IntegrityError, MissingKeyError
+from encfs.format.descriptor import (
+    CONTENT_TYPE,
+    MAX_KEYRING_SIZE,
+    MAX_SIGNATURE_SIZE,
+    SEGMENT_TYPE,
+    TREE_TYPE,
+    ArtifactManifest,
+    ContentDescriptor,
+    VolumeDescriptor,
+    parse_content,
+    parse_manifest,
+)
+from encfs.format.volume import DEFAULT_CACHE_SIZE, VolumeReader
+from encfs.keys.keyring import Keyring, parse_keyring
+from encfs.keys.payload import Payload, parse_payload
+from encfs.keys.providers import KeyProvider
+from encfs.keys.secrets import wipe
+from encfs.oci.blobs import MAX_MANIFEST_SIZE, Blob, BlobSource, Descriptor, RawManifest
+from encfs.trust import Origin, TrustPolicy, check_trust
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedArtifact:
+    """An artifact's public documents, their digests checked against one another. Its origin is not established."""
+
+    manifest: RawManifest
+    index: ArtifactManifest
+    content: ContentDescriptor
+    keyring: Keyring
+    signatures: tuple[bytes, ...]
+
+    @property
+    def content_digest(self) -> str:
+        return self.content.digest
+
+    def check_trust(self, policy: TrustPolicy) -> Origin:
+        """Raises TrustError's subclasses, UsageError for a contradictory policy."""
+        return check_trust(
+            content=self.content.content,
+            artifact_id=self.content.id,
+            version=self.content.version,
+            envelopes=self.signatures,
+            policy=policy,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """An accepted, opened artifact. Close it, or use it as a context manager."""
+
+    content: ContentDescriptor
+    payload: Payload
+    origin: Origin
+    volumes: tuple[VolumeReader, ...]
+
+    @property
+    def content_digest(self) -> str:
+        """`sha256:<hex>` of the content descriptor: the artifact's identity."""
+        return self.content.digest
+
+    def close(self) -> None:
+        for volume in self.volumes:
+            volume.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def load_artifact(source: BlobSource) -> LoadedArtifact:
+    """Read manifest, descriptor, keyring and signatures of the artifact that the source's reference names.
+
+    Raises: FormatError, UnsupportedError, IntegrityError, NotFoundError, what the source raises.
+    """
+    manifest = source.manifest()
+    index = parse_manifest(manifest.content)
+    if index.config.media_type != CONTENT_TYPE:
+        raise FormatError("the manifest's config is no content descriptor")
+    content = parse_content(source.read_blob(index.config, limit=MAX_MANIFEST_SIZE))
+    if content.digest != index.config.digest:
+        raise IntegrityError("the content descriptor is not the one that the manifest names")
+    keyring = parse_keyring(source.read_blob(index.keyring, limit=MAX_KEYRING_SIZE), content.digest)
+    signatures = tuple(source.read_blob(item, limit=MAX_SIGNATURE_SIZE) for item in index.signatures)
+    return LoadedArtifact(manifest, index, content, keyring, signatures)
+
+
+def open_artifact(
+    source: BlobSource,
+    *,
+    keys: Sequence[KeyProvider],
+    trust: TrustPolicy,
+    cache_size: int = DEFAULT_CACHE_SIZE,
+    label: str = "",
+) -> Artifact:
+    """Accept an artifact by `trust`, unwrap its keyring with one of `keys`, and open its volumes. O(1) in its size.
+
+    `cache_size` is the bytes of plaintext each volume may keep; `label` names the artifact in messages.
+    Raises: TrustError's subclasses before any key is asked for; MissingKeyError, WrongKeyError, KeyProviderError;
+    FormatError, IntegrityError; what the source raises.
+    """
+    loaded = load_artifact(source)
+    origin = loaded.check_trust(trust)
+    payload = open_payload(loaded, keys)
+    volumes: list[VolumeReader] = []
+    try:
+        for descriptor in loaded.content.volumes:
+            secret = payload.volume(descriptor.id)
+            volumes.append(
+                _open_volume(source, loaded.content, descriptor, secret.key, cache_size, label or loaded.content_digest)
+            )
+    except BaseException:
+        for volume in volumes:
+            volume.close()
+        raise
+    return Artifact(loaded.content, payload, origin, tuple(volumes))
+
+
+def open_payload(loaded: LoadedArtifact, keys: Sequence[KeyProvider]) -> Payload:
+    """Unwrap the keyring and check its payload against the descriptor's commitment. Call `check_trust` first.
+
+    Raises: MissingKeyError, WrongKeyError, KeyProviderError, IntegrityError, FormatError.
+    """
+    if not keys:
+        raise MissingKeyError("no key was given to open the artifact", hint="pass -k KEYURI, for example -k owner.jwk")
+    content = loaded.keyring.open(keys)
+    try:
+        return parse_payload(content, loaded.content.payload_commitment)
+    finally:
+        wipe(content)
+
+
+def _open_volume(
+    source: BlobSource,
+    content: ContentDescriptor,
+    descriptor: VolumeDescriptor,
+    key: bytes,
+    cache_size: int,
+    label: str,
+) -> VolumeReader:
+    tree, segments = open_volume_blobs(source, descriptor)
+    try:
+        return VolumeReader(descriptor, content.suite, key, tree, segments, cache_size=cache_size, label=label)
+    except BaseException:
+        for blob in (tree, *segments):
+            blob.close()
+        raise
+
+
+def open_volume_blobs(source: BlobSource, descriptor: VolumeDescriptor) -> tuple[Blob, tuple[Blob, ...]]:
+    """The tree and segments of a volume, by the digests in the descriptor, never by their order in a manifest."""
+    blobs: list[Blob] = []
+    try:
+        blobs.append(source.open_blob(Descriptor(TREE_TYPE, descriptor.tree_digest, descriptor.tree_size)))
+        blobs.extend(source.open_blob(Descriptor(SEGMENT_TYPE, s.digest, s.size)) for s in descriptor.segments)
+    except BaseException:
+        for blob in blobs:
+            blob.close()
+        raise
+    return blobs[0], tuple(blobs[1:])
