@@ -1,6 +1,6 @@
 """One frame: how it is sealed and opened, compressed and padded. Not here: where frames lie (`tree`, `writer`).
 
-A sealed frame is AES-256-GCM ciphertext followed by its 16-byte tag. The nonce is the frame's index, the associated data
+A sealed frame is AES-256-GCM ciphertext and its 16-byte tag. The nonce is the frame's index, the associated data
 binds format, suite, flags, volume, index and plaintext length (format.md, "Frames").
 """
 

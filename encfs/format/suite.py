@@ -1,4 +1,4 @@
-"""Algorithm suites: their names in JSON, their number in binary structures, and the hash and key derivation they stand for.
+"""Algorithm suites: names in JSON, numbers in binary structures, and the hash and key derivation they stand for.
 
 Not here: how frames are sealed (`frames`) or what the tree looks like (`tree`).
 """

@@ -193,7 +193,7 @@ class TreeReader:
     """Looks entries up in an untrusted tree blob, checking the path to the root. Thread-safe; O(1) at opening."""
 
     def __init__(self, fields: RootInput, root: bytes, blob: Blob) -> None:
-        """Raises FormatError where the blob's size is not the tree's, IntegrityError where the top does not fit the root."""
+        """Raises FormatError where the blob's size is not the tree's, IntegrityError where the top does not fit."""
         self._suite = fields.suite
         self._blob = blob
         self.geometry = TreeGeometry.of(fields.frames)

@@ -253,7 +253,7 @@ class VolumeReader:
     def _open_frame(
         self, index: int, location: FrameLocation, stored: memoryview, out: memoryview, *, wait: bool
     ) -> None:
-        """Check one frame against its leaf and decrypt it; bytes from a local copy that do not fit are fetched anew once."""
+        """Check one frame against its leaf and decrypt it; a local copy that does not fit is fetched anew once."""
         try:
             if not hmac.compare_digest(leaf_hash(self._suite, index, stored), location.leaf):
                 segment = self._segments[location.segment]
