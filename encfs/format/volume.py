@@ -150,6 +150,8 @@ class VolumeReader:
                 setattr(self.stats, name, getattr(self.stats, name) + amount)
 
     def _fill(self, offset: int, buffer: memoryview, *, wait: bool) -> None:
+        if not buffer:
+            return
         frame_size = self.frame_size
         position, end = offset, offset + len(buffer)
         index, start = divmod(position, frame_size)
