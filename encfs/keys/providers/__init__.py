@@ -1,0 +1,81 @@
+"""Key URIs: `scheme:rest` names where the key comes from that opens an artifact; a plain path means `file:`.
+
+A provider is found by its scheme among the entry points of the group `encfs.key_providers`, so that other packages can
+add theirs. An entry point is a callable that takes the text behind `scheme:` and returns a `KeyProvider`; it does not
+touch the key yet and raises KeyFileError where the text is malformed. Making a provider is free of side effects: keys
+are read, prompts shown and machines asked when it first unwraps.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Protocol, cast
+
+from encfs.errors import KeyFileError, KeyProviderError
+from encfs.keys.recipients import Recipient
+from encfs.strictjson import show_name
+
+ENTRY_POINT_GROUP = "encfs.key_providers"
+
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):(.*)", re.ASCII | re.DOTALL)
+
+
+class KeyProvider(Protocol):
+    """Something that unwraps the content-encryption key (CEK) of a keyring. Not thread-safe.
+
+    Most get hold of a key and call `recipients.unwrap_with_key`; others have the unwrapping done elsewhere.
+    """
+
+    @property
+    def uri(self) -> str:
+        """Its key URI, for messages: it names a secret and holds none."""
+
+    def unwrap(self, recipients: Sequence[Recipient], content_digest: str) -> bytearray:
+        """The CEK, 32 bytes, which the caller wipes. `content_digest` is the artifact's, computed by the reader.
+
+        Raises: WrongKeyError, with the reason, where no recipient is for this provider's key; KeyFileError,
+        KeyProviderError, NotFoundError or StorageError where the key could not be had at all.
+        """
+
+    def close(self) -> None:
+        """Forget every secret; harmless when called again."""
+
+
+ProviderFactory = Callable[[str], KeyProvider]
+
+
+def provider_from_uri(uri: str) -> KeyProvider:
+    """The provider of a key URI, or of a plain path to a key file.
+
+    Raises: KeyFileError for an unknown scheme or a malformed rest; KeyProviderError where a provider cannot be loaded.
+    """
+    match = _SCHEME.fullmatch(uri)
+    scheme, rest = (match[1], match[2]) if match else ("file", uri)
+    return _factory(scheme)(rest)
+
+
+def known_schemes() -> tuple[str, ...]:
+    """The schemes installed on this machine, sorted."""
+    from importlib.metadata import entry_points
+
+    return tuple(sorted(entry_points(group=ENTRY_POINT_GROUP).names))
+
+
+def _factory(scheme: str) -> ProviderFactory:
+    from importlib.metadata import entry_points  # slow to import, and only needed where keys are
+
+    found = tuple(entry_points(group=ENTRY_POINT_GROUP, name=scheme))
+    if not found:
+        raise KeyFileError(
+            f"unknown key scheme {show_name(scheme)}; known are {', '.join(known_schemes())}",
+            hint="a path with a colon in it is written file:PATH",
+        )
+    if len({entry.value for entry in found}) > 1:
+        # Whichever came first would decide who sees the keys.
+        raise KeyProviderError(f"several packages provide the key scheme {scheme}", hint="uninstall all but one")
+    try:
+        factory = found[0].load()
+    except (ImportError, AttributeError) as error:
+        raise KeyProviderError(f"the provider of the key scheme {scheme} cannot be loaded: {error}") from error
+    return cast("ProviderFactory", factory)
