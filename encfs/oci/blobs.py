@@ -18,7 +18,7 @@ MAX_MANIFEST_SIZE = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """An OCI content descriptor (image-spec, descriptor.md). `size` in bytes, `digest` as `sha256:<64 lower-case hex>`."""
+    """An OCI content descriptor (image-spec, descriptor.md). `size` in bytes, `digest` as `sha256:<64 hex digits>`."""
 
     media_type: str
     digest: str
@@ -62,10 +62,10 @@ class BlobSource(Protocol):
     """A place to read artifacts from. Thread-safe."""
 
     def manifest(self, reference: str | None = None) -> RawManifest:
-        """The manifest of a tag or digest (None: the one the reference named). Its digest is verified against a digest reference."""
+        """The manifest of a tag or digest (None: the one the reference named); its digest is the one computed."""
 
     def read_blob(self, descriptor: Descriptor, *, limit: int) -> bytes:
-        """A small blob whole, its size and digest verified. FormatError where the descriptor states more than `limit` bytes."""
+        """A small blob whole, its size and digest verified. FormatError where it states more than `limit` bytes."""
 
     def open_blob(self, descriptor: Descriptor) -> Blob:
         """Random access; nothing is verified."""
@@ -100,7 +100,12 @@ class BlobSink(Protocol):
 
     def has_blob(self, descriptor: Descriptor) -> bool: ...
 
-    def put_manifest(self, content: bytes, media_type: str, *, tag: str | None = None, artifact_type: str | None = None) -> Descriptor:
+    def remove_blob(self, descriptor: Descriptor) -> None:
+        """Take back a blob of a failed upload that no manifest names yet; harmless where the store cannot delete."""
+
+    def put_manifest(
+        self, content: bytes, media_type: str, *, tag: str | None = None, artifact_type: str | None = None
+    ) -> Descriptor:
         """Write a manifest and move the tag to it as the last step: until then no reader sees any of it."""
 
     def close(self) -> None: ...

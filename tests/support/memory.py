@@ -94,6 +94,9 @@ class MemoryStore:
     def has_blob(self, descriptor: Descriptor) -> bool:
         return descriptor.digest in self.blobs
 
+    def remove_blob(self, descriptor: Descriptor) -> None:
+        self.blobs.pop(descriptor.digest, None)
+
     def create_blob(self) -> MemoryWriter:
         return MemoryWriter(self)
 

@@ -1,0 +1,73 @@
+"""Verify an artifact: all of its ciphertext without a key, and with one also that every frame opens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from encfs.trust import Origin, TrustPolicy
+
+from encfs.artifact import LoadedArtifact, load_artifact, open_payload, open_volume_blobs
+from encfs.format.verification import verify_volume
+from encfs.format.volume import VolumeReader
+from encfs.keys.keyring import KeyProvider
+from encfs.oci.blobs import BlobSource
+from encfs.progress import Progress
+
+_READ_SIZE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyResult:
+    """What was verified. `origin` is None where no trust option was given; `decrypted` whether frames were opened."""
+
+    artifact: LoadedArtifact
+    origin: Origin | None
+    frames: int
+    stored_size: int
+    decrypted: bool
+
+
+def verify(
+    source: BlobSource, *, keys: Sequence[KeyProvider] = (), trust: TrustPolicy | None, progress: Progress
+) -> VerifyResult:
+    """Check digests, roots, every node and frame; the origin if `trust` is given; decryption if `keys` are.
+
+    Raises: IntegrityError, FormatError, TrustError's subclasses, key errors, what the source raises.
+    """
+    artifact = load_artifact(source)
+    origin = artifact.check_trust(trust) if trust is not None else None
+    payload = open_payload(artifact, keys) if keys else None
+    frames = stored = 0
+    progress.begin("verify", sum(volume.stored_size for volume in artifact.content.volumes))
+    try:
+        for descriptor in artifact.content.volumes:
+            tree, segments = open_volume_blobs(source, descriptor)
+            try:
+                checked = verify_volume(descriptor, artifact.content.suite, tree, segments, progress)
+            finally:
+                for blob in (tree, *segments):
+                    blob.close()
+            frames += checked.frames
+            stored += checked.stored_size
+        if payload is not None:
+            progress.begin("decrypt", sum(volume.size for volume in artifact.content.volumes))
+            for descriptor in artifact.content.volumes:
+                tree, segments = open_volume_blobs(source, descriptor)
+                volume = VolumeReader(
+                    descriptor, artifact.content.suite, payload.volume(descriptor.id).key, tree, segments
+                )
+                _read_all(volume, progress)
+    finally:
+        progress.end()
+    return VerifyResult(artifact, origin, frames, stored, payload is not None)
+
+
+def _read_all(volume: VolumeReader, progress: Progress) -> None:
+    buffer = memoryview(bytearray(_READ_SIZE))
+    try:
+        for offset in range(0, volume.size, _READ_SIZE):
+            progress.advance(volume.read_into(offset, buffer))
+    finally:
+        volume.close()
+        buffer[:] = bytes(_READ_SIZE)
