@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from encfs.trust import Origin, TrustPolicy
-
 from encfs.artifact import LoadedArtifact, load_artifact, open_payload, open_volume_blobs
 from encfs.format.verification import verify_volume
 from encfs.format.volume import VolumeReader
-from encfs.keys.keyring import KeyProvider
+from encfs.keys.providers import KeyProvider
 from encfs.oci.blobs import BlobSource
 from encfs.progress import Progress
+from encfs.trust import Origin, TrustPolicy
 
 _READ_SIZE = 1 << 20
 

@@ -8,9 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from encfs.signatures import sign
-from encfs.trust import TrustPolicy
-
 from encfs.artifact import LoadedArtifact, load_artifact
 from encfs.errors import ConflictError
 from encfs.format.descriptor import (
@@ -22,9 +19,11 @@ from encfs.format.descriptor import (
     build_manifest,
 )
 from encfs.keys.jwk import PrivateKey, PublicKey
-from encfs.keys.keyring import KeyProvider
+from encfs.keys.providers import KeyProvider
 from encfs.keys.recipients import RecipientKey
 from encfs.oci.blobs import BlobSink, BlobSource, Descriptor
+from encfs.signatures import sign
+from encfs.trust import TrustPolicy
 
 
 def sign_artifact(
