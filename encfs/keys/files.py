@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 
 from encfs.encoding import b64_decode
 from encfs.errors import ConflictError, FormatError, KeyFileError, NotFoundError, StorageError
-from encfs.keys import jwk
+from encfs.keys import jwk, jwkjson
 from encfs.keys.jwk import Key, PrivateHandle, PrivateKey, PublicHandle, PublicKey, Use
 from encfs.keys.secrets import KEK_SIZE, SymmetricKey, wipe
 from encfs.strictjson import loads_object
@@ -104,7 +104,7 @@ def parse_key(content: bytes | bytearray, what: str) -> Key:
         raise KeyFileError(f"{what} is larger than {MAX_KEY_FILE_SIZE} bytes: no key file")
     try:
         if content.lstrip().startswith(b"{"):
-            return jwk.key_from_jwk(loads_object(content, limit=MAX_KEY_FILE_SIZE, what="it"))
+            return jwkjson.key_from_jwk(loads_object(content, limit=MAX_KEY_FILE_SIZE, what="it"))
         return _from_pem(content)
     except FormatError as error:
         raise KeyFileError(f"{what} is a malformed JWK: {error.message}") from None
@@ -130,12 +130,12 @@ def write_key_files(key: PrivateKey | SymmetricKey, path: str | os.PathLike[str]
     Neither file may exist. Returns both paths. Raises: ConflictError, NotFoundError, StorageError.
     """
     private = Path(path)
-    _create(private, jwk.private_jwk(key), 0o600)
+    _create(private, jwkjson.private_jwk(key), 0o600)
     if isinstance(key, SymmetricKey):
         return private, None
     public = private.with_name(private.name + ".pub")
     try:
-        _create(public, jwk.public_jwk(key.public), 0o644)
+        _create(public, jwkjson.public_jwk(key.public), 0o644)
     except BaseException:
         private.unlink()
         raise

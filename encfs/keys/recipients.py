@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap
 
 from encfs.encoding import b64url_decode, b64url_encode
 from encfs.errors import FormatError, WrongKeyError
-from encfs.keys import jwk
+from encfs.keys import jwk, jwkjson
 from encfs.keys.jwk import HPKE_ALGORITHM, KeyKind, PrivateHandle, PublicKey, Use
 from encfs.keys.secrets import Passphrase, SymmetricKey, wipe
 from encfs.strictjson import show_name
@@ -48,8 +48,15 @@ MIN_ITERATIONS, MAX_ITERATIONS = 210_000, 1_000_000
 _SALT_SIZE = 16
 _MAX_SALT_SIZE = 64
 
-_WRAPPED_SIZE = CEK_SIZE + 8
-_HPKE_SIZE = 1120 + CEK_SIZE + 16
+_WRAPPED = range(CEK_SIZE + 8, CEK_SIZE + 8 + 1)
+# Lengths of `encrypted_key` (bytes).
+_SIZES: Mapping[str, range] = {
+    ECDH: _WRAPPED,
+    RSA: range(jwk.MIN_RSA_BITS // 8, jwk.MAX_RSA_BITS // 8 + 1),
+    KEK: _WRAPPED,
+    PBES2: _WRAPPED,
+    HPKE: range(1120 + CEK_SIZE + 16, 1120 + CEK_SIZE + 16 + 1),
+}
 #: Bounds for recipients of unknown algorithms.
 MAX_ENCRYPTED_KEY_SIZE = 16 << 10
 _MAX_ALGORITHM_SIZE = 64
@@ -66,8 +73,8 @@ RecipientKey = PublicKey | SymmetricKey | Passphrase
 class Recipient:
     """One entry of a keyring, checked as far as its algorithm is known. Nothing in it is secret or authenticated.
 
-    `epk` is the sender's ephemeral key (ECDH), `salt` and `iterations` PBES2's. `known` is False where the algorithm is
-    not one of ours: such an entry is kept, but never tried.
+    `epk` is the sender's ephemeral key (ECDH), `salt` and `iterations` PBES2's. An entry of an algorithm or curve that
+    is not one of ours may be of a later version: it is kept as it is, and never tried.
     """
 
     index: int
@@ -77,10 +84,6 @@ class Recipient:
     epk: PublicKey | None = None
     salt: bytes = field(default=b"", repr=False)
     iterations: int = 0
-
-    @property
-    def known(self) -> bool:
-        return self.alg == ECDH or self.alg in _KINDS
 
     @property
     def kind(self) -> str:
@@ -137,8 +140,7 @@ def wrap(cek: bytearray, key: RecipientKey, content_digest: str) -> dict[str, ob
                 return _entry(HPKE, key.kid, {}, key.encrypt_hpke(cek, _hpke_info(content_digest)))
             ephemeral = jwk.private_key(_ephemeral(key))
             kek = _agree(ephemeral.exchange(key))
-            epk = jwk.public_jwk(ephemeral.public)
-            del epk["kid"]
+            epk = jwk.public_members(ephemeral.public.handle)
             return _entry(ECDH, key.kid, {"epk": epk}, aes_key_wrap(kek, bytes(cek)))
 
 
@@ -216,21 +218,22 @@ def _parse(index: int, header: object, encrypted_key: object) -> Recipient:
         raise FormatError(f"header member {show_name(min(forbidden))} is not allowed")
     kid = header.get("kid")
     if kid is not None:
-        kid = jwk.check_kid(kid)
+        kid = jwkjson.check_kid(kid)
     wrapped = b64url_decode(encrypted_key, "encrypted_key")
     if len(wrapped) > MAX_ENCRYPTED_KEY_SIZE:
         raise FormatError(f"encrypted_key is larger than {MAX_ENCRYPTED_KEY_SIZE} bytes")
     recipient = Recipient(index, alg, kid, wrapped)
-    if not recipient.known:
+    if alg not in _SIZES:
         return recipient
     own = {ECDH: {"epk"}, PBES2: {"p2s", "p2c"}}.get(alg, set())
+    if missing := own - set(header):
+        raise FormatError(f"header lacks the member {min(missing)}")
     if unknown := set(header) - own - {"alg", "kid"}:
         raise FormatError(f"header member {show_name(min(unknown))} does not belong to {alg}")
-    sizes = {RSA: range(jwk.MIN_RSA_BITS // 8, jwk.MAX_RSA_BITS // 8 + 1), HPKE: range(_HPKE_SIZE, _HPKE_SIZE + 1)}
-    if len(wrapped) not in sizes.get(alg, range(_WRAPPED_SIZE, _WRAPPED_SIZE + 1)):
+    if len(wrapped) not in _SIZES[alg]:
         raise FormatError(f"encrypted_key of {len(wrapped)} bytes does not fit {alg}")
-    if alg == ECDH:
-        return Recipient(index, alg, kid, wrapped, epk=jwk.agreement_key_from_jwk(header.get("epk")))
+    if alg == ECDH and not jwkjson.is_unknown_curve(header["epk"]):
+        return Recipient(index, alg, kid, wrapped, epk=jwkjson.agreement_key_from_jwk(header["epk"]))
     if alg == PBES2:
         return Recipient(index, alg, kid, wrapped, salt=_salt(header), iterations=_iterations(header))
     return recipient
