@@ -63,6 +63,7 @@ _WINDOWS = 64
 _MAP_STEP = 1024
 #: As many as the kernel follows in one path.
 _MAX_SYMLINKS = 40
+_MAX_SECONDS = (1 << 63) - 1
 _FORMAT = struct.Struct("<H")
 #: Files whose `u` is a place of data. All others have none.
 _WITH_DATA = frozenset({stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK})
@@ -115,6 +116,8 @@ class ErofsReader:
         superblock = parse_superblock(self._bytes(SUPERBLOCK_OFFSET, SUPERBLOCK.size))
         if superblock.blocks * BLOCK_SIZE > size:
             raise FormatError(f"EROFS image of {size} bytes is shorter than the {superblock.blocks} blocks it states")
+        if superblock.inodes > size >> NID_BITS:
+            raise FormatError(f"EROFS image of {size} bytes cannot hold the {superblock.inodes} inodes it states")
         self._metadata = superblock.metadata_block * BLOCK_SIZE
         self._shared_xattrs = superblock.xattr_block * BLOCK_SIZE
         self._epoch = superblock.epoch
@@ -192,6 +195,8 @@ class ErofsReader:
         elif size >> 63:
             raise FormatError(f"EROFS inode {nid} has an impossible size")
         xattr_size = XATTR_HEADER.size + XATTR_ALIGNMENT * (units - 1) if units else 0
+        if not -_MAX_SECONDS <= seconds <= _MAX_SECONDS:
+            raise FormatError(f"EROFS inode {nid} has an impossible time")
         mtime_ns = seconds * NANOSECONDS + nanoseconds
         return Inode(nid, mode, uid, gid, nlink, size, rdev, mtime_ns, layout, start, xattr_offset, xattr_size)
 
@@ -298,26 +303,33 @@ class ErofsReader:
         """
         index, resumed = divmod(start, BLOCK_SIZE)
         previous = b""
+        if index and not resumed:
+            # The names of the block before must be smaller too.
+            index, resumed = index - 1, BLOCK_SIZE
         for number in range(index, self._block_count(directory)):
             block = self._directory_block(directory, number)
             names = self._names_offset(directory, block)
-            base = number * BLOCK_SIZE
-            records = list(DIRENT.iter_unpack(block[:names]))
-            count = len(records)
-            for position in range(resumed // DIRENT.size, count):
-                nid, name_start, kind = records[position]
-                if position + 1 < count:
-                    name = block[name_start : records[position + 1][1]]
+            if resumed:
+                resumed = min(resumed // DIRENT.size * DIRENT.size, names)
+                if resumed:
+                    previous = self._name_at(directory, block, names, resumed // DIRENT.size - 1)
+            position = number * BLOCK_SIZE + resumed
+            records = DIRENT.iter_unpack(block[resumed:names])
+            resumed = 0
+            record = next(records, None)
+            while record is not None:
+                nid, start, kind = record
+                record = next(records, None)
+                position += DIRENT.size
+                if record is None:
+                    name = block[start:].partition(b"\0")[0]
+                    position = (number + 1) * BLOCK_SIZE
                 else:
-                    name = block[name_start:].partition(b"\0")[0]
-                if not previous < name or name_start < names or len(name) > MAX_NAME or b"/" in name or b"\0" in name:
+                    name = block[start : record[1]]
+                if not previous < name or start < names or len(name) > MAX_NAME or b"/" in name or b"\0" in name:
                     raise FormatError(f"EROFS directory {directory.nid} has an impossible name, or names out of order")
                 previous = name
-                following = position + 1
-                yield DirectoryEntry(
-                    name, nid, kind, base + following * DIRENT.size if following < count else base + BLOCK_SIZE
-                )
-            resumed = 0
+                yield DirectoryEntry(name, nid, kind, position)
 
     def lookup(self, directory: Inode, name: bytes) -> int | None:
         """The inode number behind a name, None where there is no such name. Binary search over blocks, then within
@@ -412,7 +424,7 @@ class ErofsReader:
             if nid is None:
                 raise NotFoundError(f"{printable(path)}: no such file or directory in the image")
             current = self.inode(nid)
-            if stat.S_ISLNK(current.mode) and (follow or any(pending)):
+            if stat.S_ISLNK(current.mode) and (follow or pending):
                 links += 1
                 if links > _MAX_SYMLINKS:
                     raise NotFoundError(f"{printable(path)}: too many levels of symbolic links")

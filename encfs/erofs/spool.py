@@ -73,7 +73,7 @@ def storage_errors() -> Iterator[None]:
     """Report a failing database as what it is for the user: temporary storage that is full or broken."""
     try:
         yield
-    except sqlite3.Error as error:
+    except sqlite3.OperationalError as error:
         raise StorageError(
             f"cannot keep file metadata in a temporary database: {error}",
             hint="free space in the temporary directory, or name another one in TMPDIR",

@@ -63,6 +63,8 @@ NAME_OFFSET: Final = Struct("<H")
 #: Where a dirent's name offset stands within the record.
 DIRENT_NAME_OFFSET: Final = 8
 MAX_NAME: Final = 255
+#: Longest path in an image (bytes): 1024 levels of the longest names. EROFS has no limit; walks need one.
+MAX_PATH: Final = 1 << 18
 #: Longest symbolic link target in bytes: PATH_MAX without the NUL.
 MAX_TARGET: Final = 4095
 

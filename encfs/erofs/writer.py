@@ -30,6 +30,7 @@ from encfs.erofs.structures import (
     LAYOUT_PLAIN,
     MAX_BLOCKS,
     MAX_NAME,
+    MAX_PATH,
     MAX_TARGET,
     NANOSECONDS,
     NULL_BLOCK,
@@ -46,8 +47,9 @@ _ZEROS = bytes(1 << 16)
 _MAX_SIZE = (1 << 63) - 1
 _MAX_ID = (1 << 32) - 1
 _SYNTHETIC_MODE = stat.S_IFDIR | 0o755
-#: Numbers of directories that are kept at hand, by path; any other is looked up.
-_CACHED_DIRECTORIES = 4096
+#: Numbers of directories are kept at hand by path, in about this much memory (bytes); any other is looked up.
+_CACHE_SIZE = 4 << 20
+_CACHE_OVERHEAD = 200
 
 
 class ImageSink(Protocol):
@@ -133,6 +135,7 @@ class ErofsWriter:
         self._data_size = 0
         self._sparse = False
         self._directories: dict[bytes, int] = {}
+        self._cached_size = 0
         self._spool = open_spool()
         self._insert_inode(ROOT_ID, None, b"")
         sink.write(bytes(BLOCK_SIZE))
@@ -160,11 +163,16 @@ class ErofsWriter:
         Raises: SourceError naming the path where the entry cannot be represented, its path is there already, the target
         of a hard link is not there, or `data` ends early; StorageError; what the sink raises.
         """
-        with storage_errors():
-            if entry.link_to is not None:
-                self._add_link(entry.path, entry.link_to)
-            else:
-                self._add_inode(entry, data, extents)
+        try:
+            with storage_errors():
+                if entry.link_to is not None:
+                    self._add_link(entry.path, entry.link_to)
+                else:
+                    self._add_inode(entry, data, extents)
+        except BaseException:
+            # Half an entry may be noted: nothing can be finished any more.
+            self.close()
+            raise
 
     def finish(self) -> ImageSummary:
         """Write the metadata and the superblock, and close.
@@ -203,27 +211,33 @@ class ErofsWriter:
             raise SourceError(f"{printable(path)}: not a plain relative path")
         if len(name) > MAX_NAME:
             raise SourceError(f"{printable(path)}: name of {len(name)} bytes, the limit is {MAX_NAME}")
+        if len(path) > MAX_PATH:
+            raise SourceError(f"{printable(path[:MAX_NAME])}...: path of {len(path)} bytes, the limit is {MAX_PATH}")
         if b"\0" in name:
             raise SourceError(f"{printable(path)}: name with a NUL byte")
         return self._directory(parent), name
 
     def _directory(self, path: bytes) -> int:
         """The number of a directory; it and those above it are noted as implied where they are not there."""
-        missing = []
+        ends = []
         number = ROOT_ID
-        while path:
-            known = self._directories.get(path)
-            if known is not None:
-                number = known
+        known = path
+        while known:
+            cached = self._directories.get(known)
+            if cached is not None:
+                number = cached
                 break
-            missing.append(path)
-            path, slash, _name = path.rpartition(b"/")
-            if slash and not path:
-                raise SourceError(f"{printable(missing[0])}: not a plain relative path")
-        while missing:
-            path = missing.pop()
-            name = path[path.rfind(b"/") + 1 :]
-            number = self._find_directory(path, number, name) or self._imply_directory(path, number, name)
+            ends.append(len(known))
+            known, slash, _name = known.rpartition(b"/")
+            if slash and not known:
+                raise SourceError(f"{printable(path)}: not a plain relative path")
+        if ends:
+            start = len(known) + 1 if known else 0
+            for end in reversed(ends):
+                name = path[start:end]
+                found = self._find_directory(path[:end], number, name)
+                number = found or self._imply_directory(path[:end], number, name)
+                start = end + 1
             self._remember(path, number)
         return number
 
@@ -246,8 +260,10 @@ class ErofsWriter:
         return number
 
     def _remember(self, path: bytes, number: int) -> None:
-        if len(self._directories) >= _CACHED_DIRECTORIES:
+        self._cached_size += len(path) + _CACHE_OVERHEAD
+        if self._cached_size > _CACHE_SIZE:
             self._directories.clear()
+            self._cached_size = 0
         self._directories[path] = number
 
     def _insert_name(self, path: bytes, parent: int, name: bytes, number: int, kind: int, *, owner: bool) -> None:

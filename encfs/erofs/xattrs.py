@@ -79,7 +79,7 @@ def decode_xattrs(area: bytes, read_shared: Callable[[int, int], bytes]) -> Iter
         name_size, index, value_size = XATTR_ENTRY.unpack(read_shared(offset, XATTR_ENTRY.size))
         body = read_shared(offset + XATTR_ENTRY.size, name_size + value_size)
         if index in XATTR_PREFIXES:
-            yield XATTR_PREFIXES[index] + body[:name_size], body[name_size:]
+            yield _join_name(index, body[:name_size]), body[name_size:]
     while position < len(area):
         if position + XATTR_ENTRY.size > len(area):
             raise FormatError("EROFS xattr entry crosses the end of its area")
@@ -89,5 +89,12 @@ def decode_xattrs(area: bytes, read_shared: Callable[[int, int], bytes]) -> Iter
         if end > len(area):
             raise FormatError("EROFS xattr entry crosses the end of its area")
         if index in XATTR_PREFIXES:
-            yield XATTR_PREFIXES[index] + area[start : start + name_size], area[start + name_size : end]
+            yield _join_name(index, area[start : start + name_size]), area[start + name_size : end]
         position = align(end, XATTR_ALIGNMENT)
+
+
+def _join_name(index: int, suffix: bytes) -> bytes:
+    prefix = XATTR_PREFIXES[index]
+    if prefix.endswith(b".") != bool(suffix) or b"\0" in suffix:
+        raise FormatError("EROFS xattr entry has an impossible name")
+    return prefix + suffix

@@ -6,6 +6,7 @@ be longer than PATH_MAX.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import socket
@@ -32,6 +33,12 @@ POSIX_ACL = struct.pack("<I", 2) + b"".join(
 )
 #: security.capability: cap_net_bind_service, permitted and effective.
 FILE_CAPABILITY = struct.pack("<IIIII", 0x02000001, 1 << 10, 0, 0, 0)
+
+
+#: Longest path given to the kernel at once (bytes).
+_PATH_STEP = 4000
+#: Contents are hashed in pieces of this size (bytes), and pieces of zeros are left out: holes need not be read.
+_PIECE = 1 << 18
 
 
 @dataclass(slots=True)
@@ -148,7 +155,7 @@ def _scan_node(descriptor: int, name: bytes | None, status: os.stat_result, cont
         target = os.readlink(name, dir_fd=descriptor)
     elif stat.S_ISREG(mode) and contents:
         with open(full, "rb", buffering=0) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = _digest(_file_pieces(file.fileno(), status.st_size))
     xattrs = {
         os.fsencode(key): os.getxattr(full, key, follow_symlinks=False)
         for key in os.listxattr(full, follow_symlinks=False)
@@ -167,13 +174,41 @@ def _scan_node(descriptor: int, name: bytes | None, status: os.stat_result, cont
     )
 
 
+def _digest(pieces: Iterable[tuple[int, bytes]]) -> str:
+    hasher = hashlib.sha256()
+    for offset, piece in pieces:
+        if piece.count(0) != len(piece):
+            hasher.update(struct.pack("<QQ", offset, len(piece)) + piece)
+    return hasher.hexdigest()
+
+
+def _file_pieces(descriptor: int, size: int) -> Iterator[tuple[int, bytes]]:
+    position = 0
+    while position < size:
+        try:
+            position = os.lseek(descriptor, position, os.SEEK_DATA) & -_PIECE
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return
+        yield position, os.pread(descriptor, _PIECE, position)
+        position += _PIECE
+
+
+def _image_pieces(reader: ErofsReader, inode: Inode) -> Iterator[tuple[int, bytes]]:
+    offset = following = 0
+    for place, length in reader.extents(inode, 0, inode.size):
+        if place is not None:
+            for position in range(max(following, offset & -_PIECE), offset + length, _PIECE):
+                yield position, reader.read(inode, position, _PIECE)
+                following = position + _PIECE
+        offset += length
+
+
 def _image_node(reader: ErofsReader, inode: Inode, contents: bool) -> Node:
     digest = ""
     if stat.S_ISREG(inode.mode) and contents:
-        hasher = hashlib.sha256()
-        for offset in range(0, inode.size, 1 << 20):
-            hasher.update(reader.read(inode, offset, 1 << 20))
-        digest = hasher.hexdigest()
+        digest = _digest(_image_pieces(reader, inode))
     return Node(
         mode=inode.mode,
         uid=inode.uid,
@@ -190,13 +225,15 @@ def _image_node(reader: ErofsReader, inode: Inode, contents: bool) -> Node:
 
 @contextmanager
 def open_directory(base: bytes, path: bytes) -> Iterator[int]:
-    """A descriptor of the directory at `path` below `base`, reached step by step."""
+    """A descriptor of the directory at `path` below `base`, reached in steps that the kernel takes."""
     descriptor = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        for name in path.split(b"/") if path else []:
-            following = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=descriptor)
+        while path:
+            cut = path.rfind(b"/", 0, _PATH_STEP) if len(path) > _PATH_STEP else len(path)
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            following = os.open(path[:cut], flags, dir_fd=descriptor)
             os.close(descriptor)
-            descriptor = following
+            descriptor, path = following, path[cut + 1 :]
         yield descriptor
     finally:
         os.close(descriptor)
