@@ -1,0 +1,164 @@
+"""How both programs' commands are declared on typer, once: common options, groups of options, the run of a command.
+
+A command is a function whose parameters are typer arguments and options, a `Terminal`, and groups: dataclasses whose
+fields are options, so that "the trust options" are written down in one place. Not a place for what commands do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, NoReturn, get_type_hints
+
+import typer
+
+from encfs.errors import UsageError
+from encfs.terminal import ProgressMode, Settings, Terminal, run, translated_errors
+from encfs.units import parse_size
+
+
+@dataclass(frozen=True, slots=True)
+class CommonOptions:
+    """What every command takes, before or behind its name."""
+
+    json: Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")] = False
+    progress: Annotated[
+        ProgressMode | None,
+        typer.Option(
+            "--progress",
+            metavar="auto|none|plain|fancy",
+            help="How to show progress on standard error: auto draws bars on a terminal only.",
+            show_choices=False,
+        ),
+    ] = None
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Only warnings and errors on standard error.")] = False
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Also say what is being done.")] = False
+    debug: Annotated[bool, typer.Option("--debug", help="Log everything, and a traceback on failure.")] = False
+
+    def settings(self) -> Settings:
+        return Settings(
+            json=self.json, progress=self.progress, debug=self.debug, quiet=self.quiet, verbose=self.verbose
+        )
+
+
+def size_option(*names: str, help: str, default: str | None = None) -> Any:  # noqa: A002 -- typer's own word
+    """An option that takes a size (`encfs.units.parse_size`); its value is in bytes."""
+    return typer.Option(*names, metavar="SIZE", parser=parse_size, help=help, show_default=default or False)
+
+
+def application(program: str, about: str) -> typer.Typer:
+    """An empty program with the options that come before the command."""
+    app = typer.Typer(
+        name=program,
+        help=about,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    )
+
+    def show_version(value: bool) -> None:
+        if value:
+            from importlib.metadata import version as installed_version
+
+            sys.stdout.write(f"{program} {installed_version('encfs')}\n")
+            raise typer.Exit
+
+    def options(
+        terminal: Terminal,
+        common: CommonOptions,
+        version: Annotated[
+            bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=show_version)
+        ] = False,
+    ) -> None:
+        return
+
+    app.callback()(_expanded(options))
+    return app
+
+
+def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Declare a command. Its docstring is its help."""
+
+    def declare(function: Callable[..., None]) -> Callable[..., None]:
+        app.command(name)(_expanded(function))
+        return function
+
+    return declare
+
+
+def main(app: typer.Typer, program: str, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the program and exit."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    terminal = Terminal(program)
+    # Until the options are parsed: an error in them is to be shown the way that was asked for.
+    terminal.configure(Settings(json="--json" in words, debug="--debug" in words))
+
+    def call() -> int:
+        try:
+            code = app(words, prog_name=program, standalone_mode=False, obj=terminal)
+        except typer.TyperException as error:
+            raise _usage_error(error, program) from error
+        return code if isinstance(code, int) else 0
+
+    sys.exit(run(terminal, call))
+
+
+def _usage_error(error: typer.TyperException, program: str) -> UsageError:
+    message = " ".join(error.format_message().split()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else program
+    return UsageError(message[:1].lower() + message[1:], hint=f"see '{path} --help'")
+
+
+def _expanded(function: Callable[..., None]) -> Callable[..., None]:
+    """`function` as typer can read it: groups replaced by their fields, and the common options added."""
+    parameters: dict[str, inspect.Parameter] = {}
+    groups: dict[str, type[Any]] = {}
+    terminals: list[str] = []
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        if parameter.annotation is Terminal:
+            terminals.append(parameter.name)
+        elif dataclasses.is_dataclass(parameter.annotation) and isinstance(parameter.annotation, type):
+            groups[parameter.name] = parameter.annotation
+            parameters |= {field.name: field for field in _fields(parameter.annotation)}
+        else:
+            parameters[parameter.name] = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+    common = {field.name: field for field in _fields(CommonOptions)}
+    names = [name for name in parameters if name not in common]
+    ordered = [parameters[name] for name in names] + list(common.values())
+
+    def invoke(context: typer.Context, **values: Any) -> None:
+        terminal: Terminal = context.find_root().obj
+        with translated_errors():
+            terminal.configure(terminal.settings.merged(_take(CommonOptions, values).settings()))
+            arguments: dict[str, Any] = dict.fromkeys(terminals, terminal)
+            arguments |= {name: _take(group, values) for name, group in groups.items()}
+            arguments |= {name: values[name] for name in names if not any(name in _names(g) for g in groups.values())}
+            function(**arguments)
+
+    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    invoke.__signature__ = inspect.Signature([context, *ordered])  # type: ignore[attr-defined]
+    invoke.__annotations__ = {one.name: one.annotation for one in (context, *ordered)}
+    invoke.__name__ = function.__name__
+    invoke.__doc__ = function.__doc__
+    return invoke
+
+
+def _fields(group: type[Any]) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    for field in dataclasses.fields(group):
+        default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+        yield inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[field.name]
+        )
+
+
+def _names(group: type[Any]) -> set[str]:
+    return {field.name for field in dataclasses.fields(group)}
+
+
+def _take(group: type[Any], values: dict[str, Any]) -> Any:
+    return group(**{name: values[name] for name in _names(group)})
