@@ -7,7 +7,7 @@ gives is self-consistent, but its origin is not accepted by anybody yet.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
@@ -66,6 +66,7 @@ class Artifact:
     payload: Payload
     origin: Origin
     volumes: tuple[VolumeReader, ...]
+    source: BlobSource = field(repr=False)
 
     @property
     def content_digest(self) -> str:
@@ -75,6 +76,7 @@ class Artifact:
     def close(self) -> None:
         for volume in self.volumes:
             volume.close()
+        self.source.close()
 
     def __enter__(self) -> Self:
         return self
@@ -114,13 +116,14 @@ def open_artifact(
 
     `cache_size` is the bytes of plaintext each volume may keep; `label` names the artifact in messages.
     Raises: TrustError's subclasses before any key is asked for; MissingKeyError, WrongKeyError, KeyProviderError;
-    FormatError, IntegrityError; what the source raises.
+    FormatError, IntegrityError; what the source raises. Takes `source` over: the artifact closes it, or this function
+    where it fails.
     """
-    loaded = load_artifact(source)
-    origin = loaded.check_trust(trust)
-    payload = open_payload(loaded, keys)
     volumes: list[VolumeReader] = []
     try:
+        loaded = load_artifact(source)
+        origin = loaded.check_trust(trust)
+        payload = open_payload(loaded, keys)
         for descriptor in loaded.content.volumes:
             secret = payload.volume(descriptor.id)
             volumes.append(
@@ -129,8 +132,9 @@ def open_artifact(
     except BaseException:
         for volume in volumes:
             volume.close()
+        source.close()
         raise
-    return Artifact(loaded.content, payload, origin, tuple(volumes))
+    return Artifact(loaded.content, payload, origin, tuple(volumes), source)
 
 
 def open_payload(loaded: LoadedArtifact, keys: Sequence[KeyProvider]) -> Payload:
