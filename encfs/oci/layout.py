@@ -215,8 +215,14 @@ class Layout:
             raise NotFoundError(f"{self.path} has no {name}") from None
         except OSError as error:
             raise StorageError(f"{self.path}/{name}: {error.strerror}") from None
-        with os.fdopen(file, "rb") as stream, _storage_errors(self.path / name):
-            return stream.read(limit + 1)
+        try:
+            # Neither a directory nor a pipe, which might never end or give nothing.
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                raise FormatError(f"{self.path}/{name} is no regular file")
+            with _storage_errors(self.path / name), os.fdopen(file, "rb", closefd=False) as stream:
+                return stream.read(limit + 1)
+        finally:
+            os.close(file)
 
     def _index(self) -> dict[str, object]:
         content = self._read_file(_INDEX_FILE, MAX_MANIFEST_SIZE)
