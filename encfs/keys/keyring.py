@@ -85,19 +85,14 @@ class Keyring:
     def add_recipients(self, providers: Sequence[KeyProvider], keys: Sequence[RecipientKey]) -> bytes:
         """A new keyring with `keys` as further recipients; the payload stays sealed as it is.
 
-        Raises: ConflictError where one is a recipient already; UsageError for too many; KeyFileError for a key that
-        cannot encrypt; as `open`.
+        Raises: ConflictError where one is a recipient already; MissingKeyError and UsageError for none or too many;
+        KeyFileError for a key that cannot encrypt; as `open`.
         """
-        present = {recipient.kid for recipient in self.recipients if recipient.kid is not None}
-        for key in keys:
-            kid = _kid(key)
-            if kid in present:
-                raise ConflictError(f"the key {kid} is a recipient already")
         cek = self._unwrap(providers)
         try:
             # A CEK that does not open the payload would make a keyring that nobody can open by the new recipients.
             wipe(self._decrypt(cek))
-            added = _wrap_all(cek, keys, self.content_digest)
+            added = _wrap_all(cek, keys, self.content_digest, self.recipients)
         finally:
             wipe(cek)
         return self._serialize([*self._entries, *added])
@@ -183,8 +178,6 @@ def create_keyring(payload: bytes | bytearray, content_digest: str, keys: Sequen
     FormatError for a malformed digest.
     """
     parse_digest(content_digest, "content digest")
-    if not keys:
-        raise MissingKeyError("no recipient was given", hint="pass one with -r KEY")
     cek = bytearray(secrets.token_bytes(CEK_SIZE))
     try:
         entries = _wrap_all(cek, keys, content_digest)
@@ -260,12 +253,23 @@ def _check_protected(text: object) -> None:
         raise FormatError(f"keyring enc is {show_name(header['enc'])}, not A256GCM")
 
 
-def _wrap_all(cek: bytearray, keys: Sequence[RecipientKey], content_digest: str) -> list[dict[str, object]]:
-    kids = [kid for key in keys if (kid := _kid(key)) is not None]
-    if repeated := [kid for kid, count in Counter(kids).items() if count > 1]:
-        raise ConflictError(f"the recipient key {repeated[0]} was given more than once")
-    if len(keys) > MAX_RECIPIENTS:
+def _wrap_all(
+    cek: bytearray, keys: Sequence[RecipientKey], content_digest: str, present: Sequence[Recipient] = ()
+) -> list[dict[str, object]]:
+    """Entries for `keys`, beside those `present`; every bound is checked before a passphrase is stretched."""
+    if not keys:
+        raise MissingKeyError("no recipient was given", hint="pass one with -r KEY")
+    kids = {recipient.kid for recipient in present} - {None}
+    for key in keys:
+        kid = _kid(key)
+        if kid in kids:
+            raise ConflictError(f"the key {kid} is a recipient already, or was given twice")
+        kids |= {kid} - {None}
+    if len(present) + len(keys) > MAX_RECIPIENTS:
         raise UsageError(f"a keyring has at most {MAX_RECIPIENTS} recipients")
+    passphrases = sum(isinstance(key, Passphrase) for key in keys)
+    if passphrases + sum(recipient.alg == PBES2 for recipient in present) > MAX_PASSPHRASES:
+        raise UsageError(f"a keyring has at most {MAX_PASSPHRASES} passphrase recipients")
     return [_recipients.wrap(cek, key, content_digest) for key in keys]
 
 
@@ -295,15 +299,6 @@ def _serialize(
             "tag": b64url_encode(tag),
         }
     )
-    if len(entries) > MAX_RECIPIENTS:
-        raise UsageError(f"a keyring has at most {MAX_RECIPIENTS} recipients")
     if len(content) > MAX_KEYRING_SIZE:
         raise UsageError(f"the keyring would be {len(content)} bytes; {MAX_KEYRING_SIZE} are allowed")
-    if sum(_alg(entry) == PBES2 for entry in entries) > MAX_PASSPHRASES:
-        raise UsageError(f"a keyring has at most {MAX_PASSPHRASES} passphrase recipients")
     return content
-
-
-def _alg(entry: _Entry) -> object:
-    header = entry["header"]
-    return header.get("alg") if isinstance(header, Mapping) else None

@@ -197,7 +197,7 @@ def _first(fitting: Sequence[Recipient], unwrap: Callable[[Recipient], bytes], n
     if fitting:
         tried = ", ".join(str(recipient.index) for recipient in fitting)
         raise WrongKeyError(f"{name} opens none of the {kind} recipients (tried {tried})")
-    raise WrongKeyError(f"{name} is for a {kind} recipient, and the keyring has none")
+    raise WrongKeyError(f"{name} is for recipients of type {kind}, and the keyring has none")
 
 
 def _unwrap_asymmetric(key: UnwrappingKey, recipient: Recipient, content_digest: str) -> bytes:

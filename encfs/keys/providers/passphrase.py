@@ -44,7 +44,7 @@ class PassphraseProvider:
     def unwrap(self, recipients: Sequence[Recipient], content_digest: str) -> bytearray:
         if not any(recipient.kind == "passphrase" for recipient in recipients):
             # Nobody is asked for a passphrase that cannot help.
-            raise WrongKeyError(f"{self.uri} is for a passphrase recipient, and the keyring has none")
+            raise WrongKeyError(f"{self.uri} is for recipients of type passphrase, and the keyring has none")
         if self._passphrase is None:
             self._passphrase = _read(self._method, self._argument, confirm=False)
         return unwrap_with_passphrase(self._passphrase, recipients, self.uri)
