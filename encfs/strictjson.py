@@ -74,7 +74,7 @@ def loads_object(content: bytes | bytearray, *, limit: int, what: str) -> dict[s
 def show_name(name: object) -> str:
     """An untrusted string for use in a one-line message: quoted, ASCII only, cut short."""
     text = ascii(name)
-    return text if len(text) <= _SHOWN_NAME else text[:_SHOWN_NAME] + "…"
+    return text if len(text) <= _SHOWN_NAME else text[:_SHOWN_NAME] + "..."
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -32,7 +32,7 @@ from encfs.keys.jwk import PublicKey, Use
 from encfs.signatures import verify
 from encfs.strictjson import MAX_INTEGER, show_name
 
-_HOW = "pass --pin sha256:…, or --trust KEY with --id NAME, or --allow-unsigned to go without any proof of origin"
+_HOW = "pass --pin sha256:..., or --trust KEY with --id NAME, or --allow-unsigned to go without any proof of origin"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
