@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from bench.contenders import KeyFiles, encrypt_command
 from bench.data import make_file, make_small_files
-from bench.environment import Scale, Usage, Workspace, run, run_measured, say, tool
+from bench.environment import Scale, Usage, Workspace, run, run_measured, say, tool, touch_memory
 from bench.results import Comparison, Target
 
 _LAYER_TYPE = "application/vnd.oci.image.layer.v1.tar"
@@ -51,6 +51,7 @@ def measure_encryption(workspace: Workspace, scale: Scale, keys: KeyFiles) -> It
         for position in range(len(names)):
             name = names[(position + repetition) % len(names)]
             command, fits = commands[name]
+            touch_memory(directory, size + size // 8)
             usages[name].append(run_measured(command))
             assert fits(output), f"{name} wrote something else than the uncompressed bytes, encrypted"
             _remove(output)

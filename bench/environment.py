@@ -138,6 +138,22 @@ def evict(directory: Path, keep: Iterable[Sequence[str | Path]] = ()) -> None:
         run(command)
 
 
+def touch_memory(directory: Path, size: int) -> None:
+    """Have the kernel hand out and take back `size` bytes of a tmpfs.
+
+    The host of a virtual machine takes unused memory away, and giving it back costs several times as much as writing to
+    it: whoever ran first would pay for all.
+    """
+    ballast = directory / "ballast"
+    chunk = bytes(_CHUNK)
+    try:
+        with ballast.open("wb", buffering=0) as file:
+            for _ in range(-(-size // _CHUNK)):
+                file.write(chunk)
+    finally:
+        ballast.unlink(missing_ok=True)
+
+
 def peak_memory(pid: int) -> int:
     """Peak resident memory of a running process, in bytes."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
