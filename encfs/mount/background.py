@@ -1,0 +1,146 @@
+"""Go on in a background process, and learn from it whether it has become ready, or why not.
+
+Not here: what the process does (`daemon`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import NoReturn
+
+from encfs import errors
+from encfs.errors import EncfsError, MountError
+
+_MAX_REPORT = 1 << 20
+#: prctl(2).
+_PR_SET_DUMPABLE = 4
+
+
+class Report:
+    """The child's end of the pipe to the process that started it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor: int | None = descriptor
+
+    def ready(self, value: Mapping[str, object]) -> None:
+        """The start succeeded. Only the first report counts."""
+        self._send({"ready": value})
+
+    def failed(self, error: EncfsError) -> None:
+        """The start failed."""
+        self._send({"error": type(error).__name__, "message": error.message, "hint": error.hint})
+
+    def _send(self, message: Mapping[str, object]) -> None:
+        if self._descriptor is None:
+            return
+        descriptor, self._descriptor = self._descriptor, None
+        try:
+            with open(descriptor, "wb") as pipe:
+                pipe.write(json.dumps(message).encode() + b"\n")
+        except BrokenPipeError:
+            return  # nobody waits any more
+
+
+def run_in_background(main: Callable[[Report], int], *, timeout: float) -> Mapping[str, object]:
+    """Run `main` in a daemon process; return what it reports as ready, within `timeout` seconds.
+
+    `main` gets a `Report`, and returns the exit code of the process. It does not return to the caller's code: exit
+    handlers and `finally` blocks outside of it are the starting process's own.
+    Raises: the EncfsError that the process reports; MountError where it ends without a word or is not ready in time.
+    """
+    if threading.active_count() > 1:
+        # A fork keeps the locks of the other threads, and not the threads.
+        raise MountError(
+            "a process with several threads cannot go to the background",
+            hint="mount in the foreground, or from a new process",
+        )
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    first = os.fork()
+    if first == 0:
+        _become_daemon(main, reading, writing)
+    os.close(writing)
+    with open(reading, "rb", buffering=0) as pipe:
+        os.waitpid(first, 0)
+        return _await_report(pipe.fileno(), timeout)
+
+
+def _become_daemon(main: Callable[[Report], int], reading: int, writing: int) -> NoReturn:
+    """In the first child: leave session and parent, then run."""
+    code = 1
+    try:
+        os.close(reading)
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        os.write(writing, json.dumps({"pid": os.getpid()}).encode() + b"\n")
+        os.chdir("/")
+        os.umask(0o077)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        _forbid_dumps()
+        null = os.open(os.devnull, os.O_RDWR)
+        for stream in (0, 1, 2):
+            os.dup2(null, stream)
+        os.close(null)
+        code = main(Report(writing))
+    finally:
+        # The exit handlers are the starting process's.
+        os._exit(code)
+
+
+def _forbid_dumps() -> None:
+    """No core dump of a process that holds keys, and no look into its memory by others of the same user."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def _await_report(descriptor: int, timeout: float) -> Mapping[str, object]:
+    deadline = time.monotonic() + timeout
+    received = b""
+    try:
+        # The process number is one line, the report another; then the pipe is closed.
+        while len(received) < _MAX_REPORT and (piece := _read_before(descriptor, deadline)):
+            received += piece
+    except BaseException as error:
+        _end(received)
+        if isinstance(error, TimeoutError):
+            raise MountError(
+                f"the mount is not ready within {timeout:g} seconds", hint="is the place reachable that it reads from?"
+            ) from None
+        raise
+    lines = received.splitlines()
+    if len(lines) < 2:
+        raise MountError("the mount's daemon ended before it was ready", hint="mount with --foreground to see why")
+    message = json.loads(lines[1])
+    if "ready" in message:
+        ready: Mapping[str, object] = message["ready"]
+        return ready
+    kind = getattr(errors, message["error"], MountError)
+    raise kind(message["message"], hint=message["hint"])
+
+
+def _read_before(descriptor: int, deadline: float) -> bytes:
+    readable, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
+    if not readable:
+        raise TimeoutError
+    return os.read(descriptor, 64 << 10)
+
+
+def _end(received: bytes) -> None:
+    """Have the process end whose start is given up; it unmounts."""
+    line = received.partition(b"\n")[0]
+    if line:
+        try:
+            os.kill(json.loads(line)["pid"], signal.SIGTERM)
+        except ProcessLookupError:
+            return

@@ -1,0 +1,250 @@
+"""List mounts and end them, from any process: control sockets, /proc/self/mountinfo, umount.
+
+Not here: the daemon (`daemon`). Neither pyfuse3 nor trio is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from encfs.errors import MountError, NotMountedError
+from encfs.mount.holders import find_holders
+from encfs.mount.mountpoint import (
+    FILESYSTEM_TYPE,
+    BusyError,
+    MountInfo,
+    absolute,
+    current_mounts,
+    is_dead,
+    top_mount,
+    unmount,
+)
+from encfs.mount.options import MountStatus
+from encfs.mount.protocol import MAX_ANSWER, peer
+from encfs.mount.runtime import belongs_to, existing_runtime_directory, remove_leftovers, short_path, sockets
+
+#: Seconds to wait for one answer of a daemon.
+_PATIENCE = 5.0
+#: Seconds between two looks at something that gives no notice.
+_INTERVAL = 0.02
+_STATUS_FIELDS = frozenset(item.name for item in fields(MountStatus))
+
+
+class _NoDaemonError(Exception):
+    """Nobody listens at a control socket."""
+
+
+class _SilentError(Exception):
+    """Somebody listens at a control socket, and gives no proper answer in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Daemon:
+    """Somebody who listens at a control socket. `status` None: no proper answer. `pid` 0: in another pid namespace."""
+
+    path: Path
+    pid: int
+    status: MountStatus | None
+
+    def serves(self, mount: MountInfo) -> bool:
+        if self.status is None:
+            return belongs_to(self.path, mount.mountpoint)
+        return self.status.device == mount.device
+
+
+def mounts() -> list[MountStatus]:
+    """Every mount known to this user's runtime directory or seen in this mount namespace, ordered by mount point.
+
+    Files of daemons that are gone are removed from the runtime directory, except the logs of those whose dead mount is
+    still there. A silent daemon whose mount is not seen has no mount point.
+    Raises: StorageError where the runtime directory is unfit.
+    """
+    daemons = _find_daemons()
+    found, seen = [], set()
+    for mount in _our_mounts():
+        daemon = next((daemon for daemon in daemons if daemon.serves(mount)), None)
+        if daemon is None:
+            found.append(
+                MountStatus(mount.mountpoint, "dead" if is_dead(mount.mountpoint) else "foreign", mount.device)
+            )
+        elif daemon.status is None:
+            found.append(MountStatus(mount.mountpoint, "silent", mount.device, daemon.pid))
+        else:
+            found.append(replace(daemon.status, mountpoint=mount.mountpoint))
+        if daemon is not None:
+            seen.add(daemon.path)
+    for daemon in daemons:
+        if daemon.path not in seen:
+            status = daemon.status
+            found.append(replace(status, state="detached") if status else MountStatus("", "silent", pid=daemon.pid))
+    return sorted(found, key=lambda status: status.mountpoint)
+
+
+def umount(
+    mountpoint: str | os.PathLike[str], *, timeout: float = 10.0, lazy: bool = False, force: bool = False
+) -> None:
+    """Unmount, and return once the daemon has ended and nothing is left behind; `timeout` in seconds.
+
+    `lazy` takes the mount out of the tree at once; its daemon goes on until the last user is gone, and is not waited
+    for. `force` has the daemon end now, and open files fail; where the daemon is silent, the mount is detached.
+    Raises: NotMountedError; MountError where it is in use (naming by whom) or the daemon does not end in time.
+    """
+    place = absolute(mountpoint)
+    mount = top_mount(place)
+    if mount is None or mount.filesystem_type != FILESYSTEM_TYPE:
+        raise NotMountedError(f"nothing of ours is mounted at {place}", hint="encfs status lists the mounts")
+    daemon = next((daemon for daemon in _find_daemons() if daemon.serves(mount)), None)
+    deadline = time.monotonic() + timeout
+    if daemon is None:
+        # Its daemon is gone, or belongs to somebody whose sockets are not seen here.
+        _unmount_politely(place, lazy=lazy or is_dead(place))
+        clear_leftovers(place)
+        return
+    watch = _watch(daemon.pid)
+    try:
+        if force:
+            _force(mount, daemon, deadline)
+        else:
+            _unmount_politely(place, lazy=lazy)
+        # The same mount may be bound to other places: its daemon serves them on.
+        if lazy or any(other.device == mount.device for other in _our_mounts()):
+            return
+        if not _has_ended(daemon, watch, deadline):
+            raise MountError(
+                f"{place} is unmounted, but its daemon (pid {daemon.pid}) has not ended within {timeout:g} seconds",
+                hint="look into its log, or end it with kill",
+            )
+    finally:
+        if watch is not None:
+            os.close(watch)
+
+
+def _our_mounts() -> list[MountInfo]:
+    """The mounts of ours that are seen, the one on top where several are stacked."""
+    top = {mount.mountpoint: mount for mount in current_mounts()}
+    return [mount for mount in top.values() if mount.filesystem_type == FILESYSTEM_TYPE]
+
+
+def _unmount_politely(mountpoint: str, *, lazy: bool) -> None:
+    try:
+        unmount(mountpoint, lazy=lazy)
+    except BusyError:
+        holders = find_holders(mountpoint)
+        by = f" by {', '.join(holders)}" if holders else ""
+        raise MountError(
+            f"{mountpoint} is in use{by}",
+            hint="end what uses it, or use --lazy to end it with its last user, or --force to end it now",
+        ) from None
+
+
+def _force(mount: MountInfo, daemon: _Daemon, deadline: float) -> None:
+    """Have the daemon unmount and end; where it does not take the order, detach the mount."""
+    try:
+        _ask(daemon.path, "stop")
+    except (_NoDaemonError, _SilentError):
+        unmount(mount.mountpoint, lazy=True)
+        return
+    while _is_on_top(mount) and time.monotonic() < deadline:
+        time.sleep(_INTERVAL)
+
+
+def _is_on_top(mount: MountInfo) -> bool:
+    top = top_mount(mount.mountpoint)
+    return top is not None and top.device == mount.device
+
+
+def _watch(pid: int) -> int | None:
+    """A descriptor that becomes readable when the process ends; None where there is no such process to be seen."""
+    try:
+        return os.pidfd_open(pid) if pid > 0 else None
+    except OSError:
+        return None
+
+
+def _has_ended(daemon: _Daemon, watch: int | None, deadline: float) -> bool:
+    """Whether the daemon has ended by `deadline` (seconds, monotonic)."""
+    if watch is not None:
+        poller = select.poll()
+        poller.register(watch, select.POLLIN)
+        return bool(poller.poll(max(0.0, deadline - time.monotonic()) * 1000))
+    while daemon.path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_INTERVAL)
+    return True
+
+
+# Control sockets
+
+
+def _find_daemons() -> list[_Daemon]:
+    """Everybody who listens in the runtime directory. Sockets without a listener are removed."""
+    directory = existing_runtime_directory()
+    found = []
+    for path in sockets(directory) if directory else ():
+        pid = 0
+        try:
+            with _connect(path) as connection:
+                pid, _ = peer(connection)
+            found.append(_Daemon(path, pid, _parse_status(_ask(path, "status"))))
+        except _NoDaemonError:
+            path.unlink(missing_ok=True)
+        except _SilentError:
+            found.append(_Daemon(path, pid, None))
+    return found
+
+
+def clear_leftovers(mountpoint: str) -> None:
+    """Remove what killed daemons of this mount point left in the runtime directory."""
+    directory = existing_runtime_directory()
+    if directory is not None:
+        remove_leftovers(directory, mountpoint, [daemon.path for daemon in _find_daemons()])
+
+
+def _parse_status(answer: Mapping[str, object]) -> MountStatus:
+    status = answer.get("status")
+    if not isinstance(status, dict) or not isinstance(status.get("mountpoint"), str):
+        raise _SilentError
+    # A daemon of another version may know more or less.
+    return MountStatus(**{name: value for name, value in status.items() if name in _STATUS_FIELDS})
+
+
+def _connect(path: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    connection.settimeout(_PATIENCE)
+    try:
+        with short_path(path) as address:
+            connection.connect(address)
+    except (FileNotFoundError, ConnectionRefusedError):
+        connection.close()
+        raise _NoDaemonError from None
+    except OSError:
+        connection.close()
+        raise _SilentError from None
+    return connection
+
+
+def _ask(path: Path, operation: str) -> Mapping[str, object]:
+    data = b""
+    deadline = time.monotonic() + _PATIENCE
+    with _connect(path) as connection:
+        try:
+            connection.sendall(json.dumps({"op": operation}).encode() + b"\n")
+            while not data.endswith(b"\n") and len(data) < MAX_ANSWER and time.monotonic() < deadline:
+                piece = connection.recv(64 << 10)
+                if not piece:
+                    break
+                data += piece
+            answer = json.loads(data)
+        except (OSError, ValueError, RecursionError):
+            raise _SilentError from None
+    if not isinstance(answer, dict) or answer.get("ok") is not True:
+        raise _SilentError
+    return answer

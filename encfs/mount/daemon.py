@@ -1,0 +1,129 @@
+"""The life of a mount: check the place, go to the background, mount, answer until told to end, leave nothing behind.
+
+It ends when somebody unmounts it, on SIGTERM and SIGINT, and on `stop` through the control socket. Not here: requests
+(`filesystem`), the control protocol (`control`), opening an artifact (`encfs.artifact`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
+
+from encfs.errors import EncfsError, MountError
+from encfs.mount.background import Report, run_in_background
+from encfs.mount.client import clear_leftovers
+from encfs.mount.logs import logging_to
+from encfs.mount.mountpoint import absolute, check_fuse, prepare
+from encfs.mount.options import MountOptions, MountStatus
+from encfs.mount.reading import ImageContents, Volume
+from encfs.mount.runtime import listen, log_path, remove_own_files, runtime_directory, socket_path
+
+if TYPE_CHECKING:
+    from encfs.mount.session import MountPlan
+
+#: Seconds until a mount in the background must answer; a source that gives up reports earlier.
+READY_TIMEOUT = 120.0
+
+log = logging.getLogger("encfs.mount")
+
+
+class Closeable(Protocol):
+    """What a mount takes over, and closes when it ends."""
+
+    def close(self) -> None: ...
+
+
+OnReady = Callable[[MountStatus], None]
+
+
+def mount(
+    volume: Volume,
+    mountpoint: str | os.PathLike[str],
+    options: MountOptions | None = None,
+    *,
+    reference: str = "",
+    content_digest: str = "",
+    owner: Closeable | None = None,
+    on_ready: OnReady | None = None,
+    ready_timeout: float = READY_TIMEOUT,
+) -> MountStatus:
+    """Mount the EROFS image that `volume` holds; `on_ready` is called once it answers through the kernel.
+
+    In the background (the default) this returns then; the daemon is another process, and this one may have no threads.
+    In the foreground it returns when the mount has ended. `owner` (the artifact; by default the volume) is taken over
+    and closed in any case. `reference` and `content_digest` are shown by `mounts()`. `ready_timeout` in seconds.
+    Raises: MountError; StorageError for runtime directory or log file; FormatError, UnsupportedError for what is no
+    EROFS image that can be read; what the volume raises for the image's beginning and its root directory.
+    """
+    # Not needed by the commands that only look at mounts or end them.
+    from encfs.mount.session import MountPlan
+
+    options = options or MountOptions()
+    try:
+        place = absolute(mountpoint)
+        if options.log_file is not None:
+            options = replace(options, log_file=options.log_file.absolute())
+        prepare(place)
+        clear_leftovers(place)
+        check_fuse(allow_other=options.allow_other)
+        plan = MountPlan(place, options, reference, content_digest, ImageContents(volume), options.log_file)
+        if options.foreground:
+            with logging_to(options.log_file):
+                return _run(plan, on_ready or _nobody)
+        report = run_in_background(lambda report: _background(plan, owner or volume, report), timeout=ready_timeout)
+        status = MountStatus(**report)  # type: ignore[arg-type]
+        if on_ready is not None:
+            on_ready(status)
+        return status
+    finally:
+        (owner or volume).close()
+
+
+def _nobody(status: MountStatus) -> None:
+    return
+
+
+def _background(plan: MountPlan, owner: Closeable, report: Report) -> int:
+    """The daemon process: report how the start went, and run to the end. Its exit code."""
+    try:
+        directory = runtime_directory()
+        plan = replace(plan, log_file=plan.log_file or log_path(directory, plan.mountpoint))
+        with logging_to(plan.log_file):
+            try:
+                _run(plan, lambda status: report.ready(status.to_json()))
+            except EncfsError as error:
+                log.error("%s", error)  # noqa: TRY400 - foreseen: the line says it all
+                raise
+            except Exception:
+                log.exception("the daemon failed")
+                report.failed(MountError("the daemon failed to start", hint=f"the reason is in {plan.log_file}"))
+                return 1
+        remove_own_files(directory, plan.mountpoint)
+    except EncfsError as error:
+        report.failed(error)
+        return error.exit_code
+    else:
+        return 0
+    finally:
+        owner.close()
+
+
+def _run(plan: MountPlan, on_ready: OnReady) -> MountStatus:
+    """Mount, answer until the end, clean up. The last status."""
+    import trio
+
+    from encfs.mount.session import Session
+
+    with ExitStack() as stack:
+        socket_file = socket_path(runtime_directory(), plan.mountpoint)
+        server = listen(socket_file)
+        stack.callback(socket_file.unlink, missing_ok=True)
+        stack.callback(server.close)
+        session = Session(plan, on_ready)
+        stack.enter_context(session.mounted())
+        trio.run(session.run, server)
+        return session.finish()

@@ -1,0 +1,266 @@
+"""The FUSE requests of a read-only tree: an EROFS image behind pyfuse3.
+
+FUSE inode number = EROFS inode number, file handle = EROFS inode number; nothing is kept per inode or open file, so
+that `forget` and `release` are free. Everything is immutable: the kernel may keep names, attributes, their absence and
+contents as long as it likes.
+
+Requests are answered on the event loop's thread where the bytes are at hand (a thread would cost more than the work),
+and in worker threads where disk or network has to be waited for. Not here: mounting and ending (`daemon`).
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+import pyfuse3
+import trio
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
+
+from encfs.erofs.reader import Inode
+from encfs.erofs.structures import BLOCK_SIZE, MAX_NAME
+from encfs.errors import EncfsError
+from encfs.mount.failures import FailureLog
+from encfs.mount.reading import ImageContents, NotAtHandError
+
+#: Seconds for which the kernel may keep names and attributes: thirty years. It would take the largest doubles amiss.
+_FOREVER = 1e9
+#: Requests that wait for disk or network at the same time.
+_WAITING_THREADS = 16
+#: Number that stands for inode number 0, which FUSE does not have. EROFS numbers end well below.
+_ZERO_ALIAS = 1 << 60
+_SECTOR = 512
+_TRUSTED = b"trusted."
+
+T = TypeVar("T")
+
+
+class ImageFilesystem(pyfuse3.Operations):
+    """Answers requests from one image."""
+
+    supports_dot_lookup = True
+    enable_writeback_cache = False
+
+    def __init__(self, contents: ImageContents, failures: FailureLog, *, enable_acl: bool = True) -> None:
+        super().__init__()
+        self.enable_acl = enable_acl
+        self.waits = 0
+        self._contents = contents
+        self._image = contents.image
+        self._failures = failures
+        self._limiter = trio.CapacityLimiter(_WAITING_THREADS)
+        root = contents.image.root
+        # FUSE has no number 0, and its root is always 1: these change places. All others are the same on both sides.
+        self._numbers = {0: _ZERO_ALIAS, 1: root or _ZERO_ALIAS, root: 1}
+        self._nids = {number: nid for nid, number in self._numbers.items()}
+        self._absent = EntryAttributes()
+        self._absent.st_ino = 0
+        self._absent.entry_timeout = _FOREVER
+        self._absent.attr_timeout = _FOREVER
+
+    def init(self) -> None:
+        self._contents.bind_to_loop()
+
+    # How a request is answered
+
+    async def _answer(self, function: Callable[..., T], *arguments: object) -> T:
+        """Call `function` here; in a worker thread where that would wait; any failure becomes EIO."""
+        try:
+            try:
+                return function(*arguments)
+            except NotAtHandError:
+                self.waits += 1
+            return await trio.to_thread.run_sync(function, *arguments, abandon_on_cancel=True, limiter=self._limiter)
+        except (FUSEError, trio.Cancelled):
+            raise
+        except Exception as error:  # noqa: BLE001 - the daemon survives any request
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> NoReturn:
+        self._failures.record(error)
+        raise FUSEError(errno.EIO) from None
+
+    # Names and attributes
+
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        return await self._answer(self._lookup, parent_inode, name)
+
+    def _lookup(self, parent: int, name: bytes) -> EntryAttributes:
+        if len(name) > MAX_NAME:
+            raise FUSEError(errno.ENAMETOOLONG)
+        nid = self._image.lookup(self._contents.inode(self._nids.get(parent, parent)), name)
+        if nid is None:
+            return self._absent
+        return self._attributes(self._contents.inode(nid), EntryAttributes())
+
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        return await self._answer(self._getattr, inode)
+
+    def _getattr(self, number: int) -> EntryAttributes:
+        return self._attributes(self._contents.inode(self._nids.get(number, number)), EntryAttributes())
+
+    def _attributes(self, inode: Inode, entry: EntryAttributes) -> EntryAttributes:
+        entry.st_ino = self._numbers.get(inode.nid, inode.nid)
+        entry.st_mode = inode.mode
+        entry.st_nlink = inode.nlink
+        entry.st_uid = inode.uid
+        entry.st_gid = inode.gid
+        entry.st_rdev = inode.rdev
+        entry.st_size = inode.size
+        entry.st_blocks = -(-inode.size // BLOCK_SIZE) * (BLOCK_SIZE // _SECTOR)
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = inode.mtime_ns
+        entry.entry_timeout = entry.attr_timeout = _FOREVER
+        return entry
+
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        return await self._answer(self._readlink, inode)
+
+    def _readlink(self, number: int) -> bytes:
+        return self._image.readlink(self._contents.inode(self._nids.get(number, number)))
+
+    async def forget(self, inode_list: object) -> None:
+        return
+
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        stats = StatvfsData()
+        stats.f_bsize = stats.f_frsize = BLOCK_SIZE
+        stats.f_blocks = self._image.block_count
+        stats.f_files = self._image.inode_count
+        stats.f_namemax = MAX_NAME
+        return stats
+
+    async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
+        """Asked only without `default_permissions`: whoever gets this far may read."""
+        return True
+
+    # Extended attributes
+
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        value = (await self._answer(self._xattrs, inode)).get(name)
+        if value is None:
+            raise FUSEError(pyfuse3.ENOATTR)
+        return value
+
+    async def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
+        names = await self._answer(self._xattrs, inode)
+        # As other filesystems do: only the privileged see trusted attributes.
+        return [name for name in names if ctx.uid == 0 or not name.startswith(_TRUSTED)]
+
+    def _xattrs(self, number: int) -> dict[bytes, bytes]:
+        return self._image.xattrs(self._contents.inode(self._nids.get(number, number)))
+
+    # Directories
+
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        return self._nids.get(inode, inode)
+
+    async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
+        await self._answer(self._readdir, fh, start_id, token)
+
+    def _readdir(self, nid: int, start: int, token: ReaddirToken) -> None:
+        entry = EntryAttributes()
+        added = False
+        try:
+            for item in self._image.entries(self._contents.inode(nid), start):
+                # The reply takes a copy of the attributes.
+                self._attributes(self._image.inode(item.nid), entry)
+                if not pyfuse3.readdir_reply(token, item.name, entry, item.next):
+                    return
+                added = True
+        except (NotAtHandError, EncfsError):
+            # What is in the reply already is good: the kernel asks again from where it ends.
+            if not added:
+                raise
+
+    async def releasedir(self, fh: int) -> None:
+        return
+
+    # Contents
+
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        return FileInfo(fh=self._nids.get(inode, inode), keep_cache=True)
+
+    # pyfuse3 takes any buffer.
+    async def read(self, fh: int, off: int, size: int) -> memoryview:  # type: ignore[override]
+        try:
+            return self._contents.read_now(fh, off, size)
+        except NotAtHandError:
+            pass
+        except Exception as error:  # noqa: BLE001 - the daemon survives any request
+            self._fail(error)
+        return await self._read_waiting(fh, off, size)
+
+    async def _read_waiting(self, nid: int, offset: int, size: int) -> memoryview:
+        self.waits += 1
+        buffer = self._contents.take_buffer(size)
+        try:
+            data = await trio.to_thread.run_sync(
+                self._contents.read_waiting, nid, offset, buffer[:size], abandon_on_cancel=True, limiter=self._limiter
+            )
+        except trio.Cancelled:
+            # The thread may go on writing to the buffer: it is not used again.
+            raise
+        except Exception as error:  # noqa: BLE001 - the daemon survives any request
+            self._contents.return_buffer(buffer)
+            self._fail(error)
+        # The reply is sent before this thread runs another handler (pyfuse3's fuse_read_async).
+        self._contents.return_buffer(buffer)
+        return data
+
+    async def release(self, fh: int) -> None:
+        return
+
+    async def flush(self, fh: int) -> None:
+        # Said once: the kernel does not ask again.
+        raise FUSEError(errno.ENOSYS)
+
+    # Whatever would write. The kernel answers these itself unless someone remounts it read-write.
+
+    async def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        raise FUSEError(errno.EROFS)
+
+    async def mknod(self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: RequestContext) -> EntryAttributes:
+        raise FUSEError(errno.EROFS)
+
+    async def mkdir(self, parent_inode: int, name: bytes, mode: int, ctx: RequestContext) -> EntryAttributes:
+        raise FUSEError(errno.EROFS)
+
+    async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        raise FUSEError(errno.EROFS)
+
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
+        raise FUSEError(errno.EROFS)
+
+    async def symlink(self, parent_inode: int, name: bytes, target: bytes, ctx: RequestContext) -> EntryAttributes:
+        raise FUSEError(errno.EROFS)
+
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: RequestContext,
+    ) -> None:
+        raise FUSEError(errno.EROFS)
+
+    async def link(self, inode: int, new_parent_inode: int, new_name: bytes, ctx: RequestContext) -> EntryAttributes:
+        raise FUSEError(errno.EROFS)
+
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        raise FUSEError(errno.EROFS)
+
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        raise FUSEError(errno.EROFS)
+
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        raise FUSEError(errno.EROFS)
+
+    async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+        raise FUSEError(errno.EROFS)

@@ -1,0 +1,223 @@
+"""Mount points: which are ours, whether one is fit, unmounting, and clearing away what a killed daemon left behind.
+
+Not here: daemons and their sockets (`client`, `daemon`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import re
+import shutil
+import stat
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from encfs.errors import MountError, NotMountedError
+
+FILESYSTEM_TYPE = "fuse.encfs"
+_MOUNTINFO = Path("/proc/self/mountinfo")
+_FUSE_DEVICE = Path("/dev/fuse")
+_FUSE_CONFIG = Path("/etc/fuse.conf")
+_ESCAPE = re.compile(r"\\([0-7]{3})")
+#: Dead mounts that are cleared from one place before giving up.
+_MAX_STACKED = 16
+#: Seconds that fusermount3 may take.
+_FUSERMOUNT_TIMEOUT = 30
+#: umount2(2).
+_MNT_DETACH = 2
+_UMOUNT_NOFOLLOW = 8
+
+log = logging.getLogger("encfs.mount")
+
+
+@dataclass(frozen=True, slots=True)
+class MountInfo:
+    """One line of /proc/self/mountinfo (proc_pid_mountinfo(5)): what is used of it. `device` is `major:minor`."""
+
+    mount_id: int
+    device: str
+    mountpoint: str
+    options: str
+    filesystem_type: str
+    source: str
+
+
+def parse_mountinfo(text: str) -> list[MountInfo]:
+    """All mounts in the order in which they were made; lines that do not fit are left out."""
+    mounts = []
+    for line in text.splitlines():
+        before, separator, after = line.partition(" - ")
+        fields, more = before.split(" "), after.split(" ")
+        if not separator or len(fields) < 6 or len(more) < 2 or not fields[0].isdecimal():
+            continue
+        mounts.append(
+            MountInfo(
+                int(fields[0]), fields[2], _unescape(fields[4]), fields[5], _unescape(more[0]), _unescape(more[1])
+            )
+        )
+    return mounts
+
+
+def _unescape(text: str) -> str:
+    """Undo the kernel's octal escapes: of space, tab, newline, backslash and hash sign, all ASCII."""
+    return _ESCAPE.sub(lambda match: chr(int(match[1], 8)), text)
+
+
+def current_mounts() -> list[MountInfo]:
+    """Every mount of this process's mount namespace."""
+    return parse_mountinfo(os.fsdecode(_MOUNTINFO.read_bytes()))
+
+
+def top_mount(mountpoint: str) -> MountInfo | None:
+    """What is mounted at exactly this place, the last one where several are stacked."""
+    found = None
+    for mount in current_mounts():
+        if mount.mountpoint == mountpoint:
+            found = mount
+    return found
+
+
+def absolute(mountpoint: str | os.PathLike[str]) -> str:
+    """The path as the kernel lists it: absolute, without symbolic links. A dead mount at its end does no harm."""
+    parent, name = os.path.split(os.path.abspath(mountpoint))
+    if not name:
+        return parent
+    path = os.path.join(os.path.realpath(parent), name)
+    return os.path.realpath(path) if os.path.islink(path) else path
+
+
+def is_dead(mountpoint: str) -> bool:
+    """Whether the mount's daemon is gone: the kernel answers ENOTCONN for it."""
+    try:
+        os.stat(mountpoint)
+    except OSError as error:
+        return error.errno == errno.ENOTCONN
+    return False
+
+
+def prepare(mountpoint: str) -> None:
+    """Make sure that a directory is there and nothing of ours is mounted on it; clear away what a killed daemon left.
+
+    Raises: MountError.
+    """
+    for _ in range(_MAX_STACKED):
+        if not is_dead(mountpoint):
+            break
+        mount = top_mount(mountpoint)
+        if mount is None or mount.filesystem_type != FILESYSTEM_TYPE:
+            kind = mount.filesystem_type if mount else "unknown type"
+            raise MountError(
+                f"{mountpoint} is a dead mount of another filesystem ({kind})",
+                hint=f"unmount it: umount -l {mountpoint}",
+            )
+        log.warning("clearing the mount that a killed daemon left at %s", mountpoint)
+        unmount(mountpoint, lazy=True)
+    try:
+        mode = os.stat(mountpoint).st_mode
+    except FileNotFoundError:
+        raise MountError(
+            f"the mount point {mountpoint} does not exist", hint=f"create it: mkdir -p {mountpoint}"
+        ) from None
+    except OSError as error:
+        raise MountError(f"the mount point {mountpoint} cannot be used: {error.strerror}") from None
+    if not stat.S_ISDIR(mode):
+        raise MountError(f"the mount point {mountpoint} is no directory", hint="choose an empty directory")
+    mount = top_mount(mountpoint)
+    if mount is not None and mount.filesystem_type == FILESYSTEM_TYPE:
+        raise MountError(f"{mountpoint} is already mounted", hint=f"unmount it first: encfs umount {mountpoint}")
+
+
+def check_fuse(*, allow_other: bool) -> None:
+    """Whether this user can mount through FUSE at all. Raises: MountError with what is missing."""
+    try:
+        os.close(os.open(_FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        raise MountError(
+            "FUSE is not available: /dev/fuse does not exist",
+            hint="load the kernel module (modprobe fuse), or pass the device to the container",
+        ) from None
+    except OSError as error:
+        if error.errno in {errno.ENODEV, errno.ENXIO}:
+            raise MountError("FUSE is not available: the kernel has no FUSE support", hint="modprobe fuse") from None
+        raise MountError(
+            f"FUSE is not available: /dev/fuse cannot be opened: {error.strerror}",
+            hint="the user needs read and write permission on /dev/fuse",
+        ) from None
+    if os.geteuid() == 0:
+        return
+    if shutil.which("fusermount3") is None:
+        raise MountError("fusermount3 is needed to mount without root and is not installed", hint="install fuse3")
+    if allow_other and not _user_allow_other():
+        raise MountError(
+            "allow_other is not permitted to users on this machine",
+            hint=f"add the line user_allow_other to {_FUSE_CONFIG}, or mount as root",
+        )
+
+
+def _user_allow_other() -> bool:
+    try:
+        lines = _FUSE_CONFIG.read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    return any(line.strip() == "user_allow_other" for line in lines)
+
+
+class BusyError(Exception):
+    """umount(2) answered EBUSY. Turned into a MountError by whoever can say who holds it."""
+
+
+def unmount(mountpoint: str, *, lazy: bool = False) -> None:
+    """Unmount what is on top at `mountpoint`; `lazy` detaches it even while it is in use.
+
+    Raises: BusyError; NotMountedError; MountError.
+    """
+    if os.geteuid() == 0:
+        _unmount_as_root(mountpoint, lazy=lazy)
+    else:
+        _unmount_as_user(mountpoint, lazy=lazy)
+
+
+def _unmount_as_root(mountpoint: str, *, lazy: bool) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)
+    if libc.umount2(os.fsencode(mountpoint), flags) == 0:
+        return
+    code = ctypes.get_errno()
+    if code == errno.EBUSY:
+        raise BusyError
+    if code in {errno.EINVAL, errno.ENOENT}:
+        raise NotMountedError(f"nothing is mounted at {mountpoint}")
+    raise MountError(f"{mountpoint} cannot be unmounted: {os.strerror(code)}")
+
+
+def _unmount_as_user(mountpoint: str, *, lazy: bool) -> None:
+    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", mountpoint]
+    environment = {**os.environ, "LC_ALL": "C"}
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=environment,
+            timeout=_FUSERMOUNT_TIMEOUT,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise MountError(
+            "fusermount3 is needed to unmount without root and is not installed", hint="install fuse3"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise MountError(f"{mountpoint} cannot be unmounted: fusermount3 does not answer") from None
+    if done.returncode == 0:
+        return
+    message = " ".join(done.stderr.split()).removeprefix("fusermount3: ")
+    if "busy" in message:
+        raise BusyError
+    if "not found" in message or "not mounted" in message:
+        raise NotMountedError(f"nothing is mounted at {mountpoint}")
+    raise MountError(f"{mountpoint} cannot be unmounted: {message or 'fusermount3 failed'}")

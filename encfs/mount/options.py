@@ -1,0 +1,76 @@
+"""What can be asked of a mount, and what is known of a running one. Data only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+#: Largest request that the kernel sends through FUSE (bytes); more read-ahead than this gains nothing.
+MAX_REQUEST = 1 << 20
+
+#: `serving`: its daemon answers. `detached`: it answers, but the mount is not seen here (unmounted lazily and still in
+#: use, or made in another mount namespace). `silent`: the daemon is there and does not answer. `dead`: the daemon is
+#: gone, and every access fails. `foreign`: a mount of ours without a control socket in this user's runtime directory.
+MountState = Literal["serving", "detached", "silent", "dead", "foreign"]
+
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """How a volume is mounted. Always read-only.
+
+    `allow_other` lets other users in (/etc/fuse.conf must permit it to users who are not root). `suid` and `dev` honour
+    set-uid bits and device nodes of the image, which only root can ask for. `default_permissions` has the kernel check
+    modes and POSIX ACLs. `max_read_ahead` is in bytes, and set where /sys can be written. `log_file` None: stderr in
+    the foreground; in the background a bounded file in the runtime directory, which a clean end removes.
+    """
+
+    foreground: bool = False
+    allow_other: bool = False
+    suid: bool = False
+    dev: bool = False
+    default_permissions: bool = True
+    max_read_ahead: int = MAX_REQUEST
+    log_file: Path | None = None
+
+    def kernel_options(self) -> frozenset[str]:
+        """As mount(8) and libfuse spell them."""
+        options = {
+            "ro",
+            "fsname=encfs",
+            "subtype=encfs",
+            "suid" if self.suid else "nosuid",
+            "dev" if self.dev else "nodev",
+        }
+        if self.allow_other:
+            options.add("allow_other")
+        if self.default_permissions:
+            options.add("default_permissions")
+        return frozenset(options)
+
+
+@dataclass(frozen=True, slots=True)
+class MountStatus:
+    """One mount as `mounts()` and the readiness report give it.
+
+    `started` in seconds since the epoch; `stats` are counters since then, sizes in bytes; `device` is the mount's
+    `major:minor`, as in /proc/self/mountinfo; `read_ahead` in bytes, 0 where it is not known.
+    What is not known of a mount that does not answer is empty or 0.
+    """
+
+    mountpoint: str
+    state: MountState
+    device: str = ""
+    pid: int = 0
+    reference: str = ""
+    content_digest: str = ""
+    started: float = 0.0
+    read_ahead: int = 0
+    polling: bool = False
+    log_file: str = ""
+    stats: Mapping[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, object]:
+        """A JSON object with these fields, in this order."""
+        return asdict(self)

@@ -1,0 +1,193 @@
+"""One mount from the call to the kernel to its end: pyfuse3's session, the event loop, and what runs on it.
+
+Not here: requests (`filesystem`), the control protocol (`control`), foreground and background (`daemon`).
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyfuse3
+import trio
+
+from encfs.errors import EncfsError, MountError
+from encfs.mount import control, polling
+from encfs.mount.failures import FailureLog
+from encfs.mount.filesystem import ImageFilesystem
+from encfs.mount.mountpoint import FILESYSTEM_TYPE, top_mount, unmount
+from encfs.mount.options import MountOptions, MountStatus
+from encfs.mount.reading import ImageContents
+from encfs.mount.tuning import raise_read_ahead
+
+#: Seconds that requests under way get when a mount is told to end.
+_GRACE = 2.0
+#: Requests under way at the same time, most of them waiting for disk or network.
+_MAX_TASKS = 64
+#: Bytes of libfuse's messages that are looked at.
+_MAX_SAID = 4096
+
+log = logging.getLogger("encfs.mount")
+
+OnReady = Callable[[MountStatus], None]
+
+
+@dataclass(frozen=True, slots=True)
+class MountPlan:
+    """What is to be mounted, and where. `log_file` is where this process logs, None for stderr."""
+
+    mountpoint: str
+    options: MountOptions
+    reference: str
+    content_digest: str
+    contents: ImageContents
+    log_file: Path | None
+
+
+class Session:
+    """One mount while it is served."""
+
+    def __init__(self, plan: MountPlan, on_ready: OnReady) -> None:
+        self._plan = plan
+        self._on_ready = on_ready
+        self._failures = FailureLog()
+        self._filesystem = ImageFilesystem(plan.contents, self._failures, enable_acl=plan.options.default_permissions)
+        self._requests = trio.CancelScope()
+        self._stopping = False
+        self._error: EncfsError | None = None
+        self._base = MountStatus(
+            mountpoint=plan.mountpoint,
+            state="serving",
+            pid=os.getpid(),
+            reference=plan.reference,
+            content_digest=plan.content_digest,
+            started=time.time(),
+            log_file=str(plan.log_file or ""),
+        )
+
+    def status(self) -> MountStatus:
+        stats = dict(self._plan.contents.volume.stats.to_json())
+        stats["requests_failed"] = self._failures.count
+        stats["requests_waited"] = self._filesystem.waits
+        return replace(self._base, stats=stats)
+
+    def finish(self) -> MountStatus:
+        """The last status, or what kept the mount from becoming ready."""
+        if self._error is not None:
+            raise self._error
+        return self.status()
+
+    @contextmanager
+    def mounted(self) -> Iterator[None]:
+        """Mount; unmount at the end unless somebody has done so, or has mounted something else there since."""
+        place = self._plan.mountpoint
+        before = polling.fuse_descriptors()
+        _initialise(self._filesystem, place, self._plan.options)
+        mine = top_mount(place)
+        device = mine.device if mine is not None else ""
+        new = polling.fuse_descriptors() - before
+        stop_polling = polling.install(next(iter(new))) if len(new) == 1 else None
+        self._base = replace(self._base, device=device, polling=stop_polling is not None)
+        try:
+            yield
+        finally:
+            if stop_polling is not None:
+                stop_polling()
+            # Closing first ends the connection: what still waits for an answer gets its error, and nobody blocks.
+            pyfuse3.close(unmount=False)
+            mine = top_mount(place)
+            if mine is not None and mine.device == device and mine.filesystem_type == FILESYSTEM_TYPE:
+                _detach(place)
+
+    async def run(self, server: socket.socket) -> None:
+        """Answer requests until the mount ends."""
+        async with trio.open_nursery() as nursery:
+            if threading.current_thread() is threading.main_thread():
+                await nursery.start(self._obey_signals)
+            nursery.start_soon(control.serve, server, lambda: self.status().to_json(), self.stop)
+            nursery.start_soon(self._announce)
+            with self._requests:
+                await pyfuse3.main(max_tasks=_MAX_TASKS)
+            log.info("%s: ended", self._plan.mountpoint)
+            nursery.cancel_scope.cancel()
+
+    def stop(self) -> None:
+        """End: requests under way get a moment."""
+        if not self._stopping:
+            self._stopping = True
+            pyfuse3.terminate()
+            self._requests.deadline = trio.current_time() + _GRACE
+
+    async def _obey_signals(self, *, task_status: trio.TaskStatus[None]) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            task_status.started()
+            async for number in signals:
+                log.info("%s: ending on %s", self._plan.mountpoint, signal.Signals(number).name)
+                self.stop()
+
+    async def _announce(self) -> None:
+        """Once the mount answers through the kernel: tune it, and say that it is ready."""
+        place = self._plan.mountpoint
+        try:
+            device = await trio.to_thread.run_sync(_check_answers, place, abandon_on_cancel=True)
+        except OSError as error:
+            self._error = self._failures.last or MountError(f"the mount at {place} does not answer: {error.strerror}")
+            self.stop()
+            return
+        read_ahead = raise_read_ahead(device, self._plan.options.max_read_ahead)
+        self._base = replace(self._base, read_ahead=read_ahead)
+        # What has lived until now lives to the end: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        log.info("%s: mounted %s %s", place, self._plan.reference, self._plan.content_digest)
+        self._on_ready(self.status())
+
+
+def _check_answers(mountpoint: str) -> int:
+    """Stat the root of the mount and read its directory, through the kernel. Returns its `st_dev`. Not on the loop."""
+    device = os.stat(mountpoint).st_dev
+    try:
+        with os.scandir(mountpoint) as entries:
+            next(entries, None)
+    except PermissionError:
+        # An answer, too: the image does not let this user in.
+        log.info("%s: this user may not read the root directory", mountpoint)
+    return device
+
+
+def _initialise(filesystem: ImageFilesystem, mountpoint: str, options: MountOptions) -> None:
+    """Mount. libfuse says on stderr what went wrong: that is caught and becomes the message."""
+    with tempfile.TemporaryFile() as messages:
+        sys.stderr.flush()
+        saved = os.dup(2)
+        os.dup2(messages.fileno(), 2)
+        try:
+            pyfuse3.init(filesystem, mountpoint, set(options.kernel_options()))
+        except RuntimeError as error:
+            messages.seek(0)
+            said = messages.read(_MAX_SAID).decode(errors="replace").split("\n")[0].strip()
+            raise MountError(
+                f"{mountpoint} cannot be mounted: {said or error}",
+                hint="does this user own the mount point, and is FUSE allowed here?",
+            ) from None
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def _detach(mountpoint: str) -> None:
+    try:
+        unmount(mountpoint, lazy=True)
+    except EncfsError as error:
+        log.error("%s", error)  # noqa: TRY400 - foreseen: the line says it all
