@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
@@ -59,34 +60,36 @@ def application(program: str, about: str) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )
 
-    def show_version(value: bool) -> None:
-        if value:
-            from importlib.metadata import version as installed_version
-
-            sys.stdout.write(f"{program} {installed_version('encfs')}\n")
-            raise typer.Exit
-
-    def options(
-        terminal: Terminal,
-        common: CommonOptions,
-        version: Annotated[
-            bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=show_version)
-        ] = False,
-    ) -> None:
-        return
-
-    app.callback()(_expanded(options))
+    app.callback()(_expanded(_options))
     return app
 
 
-def command(app: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Declare a command. Its docstring is its help."""
+def _show_version(context: typer.Context, value: bool) -> None:
+    if value:
+        from importlib.metadata import version
 
-    def declare(function: Callable[..., None]) -> Callable[..., None]:
-        app.command(name)(_expanded(function))
-        return function
+        sys.stdout.write(f"{context.find_root().info_name} {version('encfs')}\n")
+        raise typer.Exit
 
-    return declare
+
+def _options(
+    terminal: Terminal,
+    common: CommonOptions,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """What comes before the name of a command: `_expanded` takes the settings over."""
+
+
+def add_command(app: typer.Typer, name: str, function: Callable[..., None]) -> None:
+    """Declare a command. The function's docstring is its help."""
+    app.command(name)(_expanded(function))
+
+
+def add_module(app: typer.Typer, module: ModuleType) -> None:
+    """Declare the command that a module is about: its function `command`, under the module's own name."""
+    add_command(app, module.__name__.rpartition(".")[2], module.command)
 
 
 def main(app: typer.Typer, program: str, arguments: Sequence[str] | None = None) -> NoReturn:

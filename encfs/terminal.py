@@ -31,6 +31,9 @@ SIGNAL_EXIT_BASE = 128
 #: Exit code of an error that is no `EncfsError`, which is a bug (EX_SOFTWARE of sysexits.h).
 INTERNAL_ERROR_EXIT_CODE = 70
 
+#: Warnings that are kept for `--json`; a mount in the foreground may log many more.
+_MAX_WARNINGS = 100
+
 _LOGGERS = ("encfs", "imagetool")
 
 
@@ -136,8 +139,13 @@ class Terminal:
 
     def warn(self, text: str) -> None:
         """Something the user should act upon. Also in the member `warnings` of `--json`; shown with `--quiet`, too."""
-        self._warnings.append(text)
+        if len(self._warnings) < _MAX_WARNINGS:
+            self._warnings.append(text)
         self._message(f"warning: {text}")
+
+    def alarm(self, text: str) -> None:
+        """Something that went wrong and does not end the command."""
+        self._message(f"error: {text}")
 
     def error(self, error: EncfsError) -> None:
         """The one line of a failure; with `--json` also an object on standard output, unless one was begun already."""
@@ -145,8 +153,7 @@ class Terminal:
         if self.settings.debug:
             # Without the values of locals, which may be secrets.
             traceback.print_exception(error)
-        if self.settings.json and not self._started:
-            self.write(_dump(_error_document(error)) + b"\n")
+        self._error_document(error, error.exit_code)
 
     def internal_error(self, error: BaseException) -> None:
         """A bug. Its text may quote anything, so it is shown only with `--debug`."""
@@ -157,9 +164,18 @@ class Terminal:
         self._message(f"error: {shown}")
         if self.settings.debug:
             traceback.print_exception(error)
-        if self.settings.json and not self._started:
-            document = _error_document(shown)
-            self.write(_dump(document | {"exit_code": INTERNAL_ERROR_EXIT_CODE}) + b"\n")
+        self._error_document(shown, INTERNAL_ERROR_EXIT_CODE)
+
+    def _error_document(self, error: EncfsError, exit_code: int) -> None:
+        if not self.settings.json or self._started:
+            return
+        described = {"type": type(error).__name__, "message": error.message, "hint": error.hint}
+        try:
+            self.write(_dump({"error": described, "exit_code": exit_code}) + b"\n")
+            self.flush()
+        except StorageError:
+            # The command has failed already, and its exit code says why.
+            return
 
     @contextmanager
     def progress(self) -> Iterator[Progress]:
@@ -208,7 +224,9 @@ class _LogHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
-        if record.levelno >= logging.WARNING:
+        if record.levelno >= logging.ERROR:
+            self._terminal.alarm(text)
+        elif record.levelno >= logging.WARNING:
             self._terminal.warn(text)
         else:
             self._terminal.detail(text)
@@ -237,17 +255,6 @@ def _encode(text: str) -> bytes:
 
 def _dump(document: object) -> bytes:
     return json.dumps(document, ensure_ascii=False).encode("utf-8", "backslashreplace")
-
-
-def _error_document(error: EncfsError) -> dict[str, object]:
-    return {
-        "error": {
-            "type": type(error).__name__,
-            "message": error.message,
-            "hint": error.hint,
-        },
-        "exit_code": error.exit_code,
-    }
 
 
 @contextmanager

@@ -25,7 +25,8 @@ def parse_size(text: str) -> int:
     exponent = _PREFIXES.index(prefix.upper()) + 1 if prefix else 0
     factor: int = (1000 if suffix is not None and suffix.upper() == "B" else 1024) ** exponent
     whole, _, fraction = number.partition(".")
-    size, remainder = divmod(int(whole + fraction) * factor, 10 ** len(fraction))
+    scale: int = 10 ** len(fraction)
+    size, remainder = divmod(int(whole + fraction) * factor, scale)
     if remainder:
         raise UsageError(f"{text!r} is not a whole number of bytes", hint="write it as 65536, 64KiB or 1GiB")
     if size > MAX_SIZE:

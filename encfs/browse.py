@@ -1,0 +1,136 @@
+"""Look into an opened artifact without mounting it: list names, read one file. `extract` writes trees to a disk."""
+
+from __future__ import annotations
+
+import base64
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from encfs.artifact import Artifact
+from encfs.erofs.reader import ErofsReader, Inode
+from encfs.erofs.walk import walk
+from encfs.errors import SourceError, UnsupportedError
+from encfs.format.volume import VolumeReader
+
+#: Bytes of a file that are read at a time.
+READ_SIZE = 1 << 20
+
+_KINDS = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "directory",
+    stat.S_IFLNK: "symlink",
+    stat.S_IFCHR: "character-device",
+    stat.S_IFBLK: "block-device",
+    stat.S_IFIFO: "fifo",
+    stat.S_IFSOCK: "socket",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A volume and the filesystem in it."""
+
+    volume: VolumeReader
+    tree: ErofsReader
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One name: its path from the root of the image, without a leading slash; `target` where it is a symbolic link."""
+
+    path: bytes
+    inode: Inode
+    target: bytes | None
+
+    def to_json(self) -> dict[str, object]:
+        """`path_base64` and `target_base64` have the exact bytes where the name is not UTF-8."""
+        inode = self.inode
+        document = _text_member("path", self.path) | {
+            "type": _KINDS[stat.S_IFMT(inode.mode)],
+            "mode": f"{stat.S_IMODE(inode.mode):04o}",
+            "uid": inode.uid,
+            "gid": inode.gid,
+            "size": inode.size,
+            "links": inode.nlink,
+            "mtime_ns": inode.mtime_ns,
+        }
+        return document | (_text_member("target", self.target) if self.target is not None else {})
+
+    def name(self) -> str:
+        return self.path.decode("utf-8", "surrogateescape")
+
+    def long_line(self) -> str:
+        """The line that `ls -l` would show, with the time in UTC."""
+        inode = self.inode
+        time = datetime.fromtimestamp(inode.mtime_ns // 1_000_000_000, UTC).strftime("%Y-%m-%d %H:%M")
+        arrow = f" -> {self.target.decode('utf-8', 'surrogateescape')}" if self.target is not None else ""
+        mode = stat.filemode(inode.mode)
+        return f"{mode} {inode.nlink:>3} {inode.uid:>6} {inode.gid:>6} {inode.size:>14} {time} {self.name()}{arrow}"
+
+
+def single_volume(artifact: Artifact) -> VolumeReader:
+    """The volume of an artifact that has just one. Raises: UnsupportedError."""
+    if len(artifact.volumes) != 1:
+        raise UnsupportedError(f"the artifact has {len(artifact.volumes)} volumes; this version reads artifacts of one")
+    return artifact.volumes[0]
+
+
+def open_image(artifact: Artifact) -> Image:
+    """The filesystem of an artifact of one volume. Raises: UnsupportedError for several, FormatError."""
+    volume = single_volume(artifact)
+    return Image(volume, ErofsReader(volume.read, volume.size))
+
+
+def listing(image: Image, path: bytes = b"", *, recursive: bool = False) -> Iterator[Listed]:
+    """What is in the directory at `path`, or the one entry if it is no directory; everything below with `recursive`.
+
+    Raises: NotFoundError, FormatError, what the volume raises.
+    """
+    tree = image.tree
+    prefix = b"/".join(part for part in path.split(b"/") if part not in (b"", b"."))
+    # A trailing slash, or nothing at all, asks for what a link leads to.
+    top = tree.resolve(prefix, follow=path.endswith(b"/") or not prefix)
+    if not stat.S_ISDIR(top.mode):
+        yield _listed(tree, prefix, top)
+        return
+    start = prefix + b"/" if prefix else b""
+    if recursive:
+        for below, inode in walk(tree, top):
+            yield _listed(tree, start + below, inode)
+        return
+    for entry in tree.entries(top):
+        if entry.name not in (b".", b".."):
+            yield _listed(tree, start + entry.name, tree.inode(entry.nid))
+
+
+def file_size(image: Image, path: bytes) -> int:
+    """Bytes of the regular file at `path`. Raises: NotFoundError; SourceError where it is something else."""
+    return _file(image, path).size
+
+
+def read_file(image: Image, path: bytes) -> Iterator[bytes]:
+    """The contents of the regular file at `path`, piece by piece. Raises: as `file_size`, what the volume raises."""
+    inode = _file(image, path)
+    for offset in range(0, inode.size, READ_SIZE):
+        yield image.tree.read(inode, offset, min(READ_SIZE, inode.size - offset))
+
+
+def _file(image: Image, path: bytes) -> Inode:
+    inode = image.tree.resolve(path)
+    if not stat.S_ISREG(inode.mode):
+        kind = _KINDS[stat.S_IFMT(inode.mode)]
+        raise SourceError(f"{path.decode('utf-8', 'backslashreplace')} is a {kind}, not a regular file")
+    return inode
+
+
+def _listed(tree: ErofsReader, path: bytes, inode: Inode) -> Listed:
+    return Listed(path, inode, tree.readlink(inode) if stat.S_ISLNK(inode.mode) else None)
+
+
+def _text_member(name: str, value: bytes) -> dict[str, object]:
+    try:
+        return {name: value.decode()}
+    except UnicodeDecodeError:
+        return {name: value.decode("utf-8", "replace"), f"{name}_base64": base64.b64encode(value).decode()}

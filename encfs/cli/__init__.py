@@ -1,0 +1,19 @@
+"""The `encfs` program: one module per command. Nothing imports this package but the program's entry point."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from encfs import commandline
+from encfs.cli import cat, extract, ls, mount, status, umount
+
+PROGRAM = "encfs"
+
+app = commandline.application(PROGRAM, "Mount and read encrypted, verified artifacts.")
+for _module in (mount, umount, status, ls, cat, extract):
+    commandline.add_module(app, _module)
+
+
+def main() -> NoReturn:
+    """Run the program with the arguments of the process."""
+    commandline.main(app, PROGRAM)

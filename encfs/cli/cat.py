@@ -1,0 +1,31 @@
+"""`encfs cat`."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from encfs.commandparts import KeyOptions, ReferenceArgument, TrustOptions, opened_artifact
+from encfs.errors import UsageError
+from encfs.terminal import Terminal
+
+
+def command(
+    terminal: Terminal,
+    reference: ReferenceArgument,
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A regular file inside the artifact.", show_default=False)
+    ],
+    keys: KeyOptions,
+    trust: TrustOptions,
+) -> None:
+    """Write one file of an artifact to standard output."""
+    from encfs.browse import open_image, read_file
+
+    if terminal.settings.json:
+        raise UsageError("cat writes the file itself; there is nothing to print as JSON", hint="leave --json out")
+    with opened_artifact(terminal, reference, keys, trust) as artifact:
+        for piece in read_file(open_image(artifact), os.fsencode(path)):
+            terminal.write(piece)

@@ -1,0 +1,28 @@
+"""`encfs ls`."""
+
+from __future__ import annotations
+
+from encfs.commandparts import (
+    KeyOptions,
+    LongOption,
+    PathArgument,
+    RecursiveOption,
+    ReferenceArgument,
+    TrustOptions,
+    list_artifact,
+)
+from encfs.terminal import Terminal
+
+
+def command(
+    terminal: Terminal,
+    reference: ReferenceArgument,
+    path: PathArgument = "",
+    *,
+    keys: KeyOptions,
+    trust: TrustOptions,
+    recursive: RecursiveOption = False,
+    long: LongOption = False,
+) -> None:
+    """List what is in an artifact, without mounting it."""
+    list_artifact(terminal, reference, path, keys, trust, recursive=recursive, long=long)

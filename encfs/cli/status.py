@@ -1,0 +1,39 @@
+"""`encfs status`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from encfs.terminal import Terminal
+from encfs.units import format_duration, format_size
+
+if TYPE_CHECKING:
+    from encfs.mount.options import MountStatus
+
+
+def command(terminal: Terminal) -> None:
+    """List the mounts: what they serve, bytes read, frames verified, failures, cache hits."""
+    from encfs.mount.client import mounts
+
+    found = mounts()
+    terminal.result({"mounts": [status.to_json() for status in found]}, _lines(found))
+
+
+def _lines(found: list[MountStatus]) -> Iterator[str]:
+    for status in found:
+        yield f"{status.mountpoint or '(mount point unknown)'}  {status.state}"
+        if status.pid:
+            running = (
+                f", running for {format_duration(max(0.0, time.time() - status.started))}" if status.started else ""
+            )
+            yield f"    {status.reference} {status.content_digest}"
+            yield f"    pid {status.pid}{running}"
+        if status.stats:
+            yield "    " + ", ".join(_counter(name, value) for name, value in status.stats.items())
+
+
+def _counter(name: str, value: int) -> str:
+    shown = format_size(value) if name.startswith("bytes") or name.endswith(("bytes", "size")) else str(value)
+    return f"{name.replace('_', ' ')} {shown}"

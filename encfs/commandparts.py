@@ -1,0 +1,222 @@
+"""Parts that commands of both programs are made of: the options for keys and trust, opening an artifact, listing it.
+
+Everything heavy is imported by the functions that need it, so that help and completion stay quick.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from encfs.terminal import Terminal
+
+if TYPE_CHECKING:
+    from encfs.artifact import Artifact
+    from encfs.keys.providers import KeyProvider
+    from encfs.oci.blobs import BlobSource
+    from encfs.trust import Origin, TrustPolicy
+
+ReferenceArgument = Annotated[
+    str, typer.Argument(metavar="REF", help="The artifact: oci:PATH[:TAG] or oci:PATH@sha256:….", show_default=False)
+]
+PathArgument = Annotated[
+    str, typer.Argument(metavar="PATH", help="A path inside the artifact; its root if left out.", show_default=False)
+]
+TargetArgument = Annotated[
+    str, typer.Argument(metavar="DIR", help="A directory that does not exist yet, or is empty.", show_default=False)
+]
+RecursiveOption = Annotated[bool, typer.Option("-R", "--recursive", help="Also everything in its subdirectories.")]
+LongOption = Annotated[bool, typer.Option("-l", "--long", help="With mode, owner, size, time and link target.")]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyOptions:
+    """The keys that may open an artifact."""
+
+    keys: Annotated[
+        list[str] | None,
+        typer.Option(
+            "-k",
+            "--key",
+            metavar="KEYURI",
+            help="A key that opens the artifact: a key file, file:PATH, env:NAME, passphrase:, … Repeatable.",
+            show_default=False,
+        ),
+    ] = None
+
+    @contextmanager
+    def providers(self) -> Iterator[list[KeyProvider]]:
+        """The providers of all keys, closed (and their secrets wiped) at the end. Raises: KeyFileError."""
+        from encfs.keys.providers import provider_from_uri
+
+        with ExitStack() as stack:
+            providers = [provider_from_uri(uri) for uri in self.keys or ()]
+            for provider in providers:
+                stack.enter_context(closing(provider))
+            yield providers
+
+
+@dataclass(frozen=True, slots=True)
+class TrustOptions:
+    """What the reader accepts as the artifact's origin (`encfs.trust`)."""
+
+    pin: Annotated[
+        str | None,
+        typer.Option("--pin", metavar="DIGEST", help="Accept exactly this content digest.", show_default=False),
+    ] = None
+    trust: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--trust",
+            metavar="KEY",
+            help="Accept what this public key (JWK or PEM file) signed; needs --id. Repeatable.",
+            show_default=False,
+        ),
+    ] = None
+    artifact_id: Annotated[
+        str | None,
+        typer.Option("--id", metavar="NAME", help="The line of releases that is expected.", show_default=False),
+    ] = None
+    min_version: Annotated[
+        int | None,
+        typer.Option("--min-version", metavar="N", help="Refuse versions below this one.", show_default=False),
+    ] = None
+    allow_unsigned: Annotated[
+        bool, typer.Option("--allow-unsigned", help="Accept an artifact whose origin nothing proves.")
+    ] = False
+
+    @property
+    def given(self) -> bool:
+        """Whether any of them was given."""
+        return self != TrustOptions()
+
+    def policy(self) -> TrustPolicy:
+        """Raises: UsageError, KeyFileError, NotFoundError."""
+        from encfs.keys.files import load_trusted_key
+        from encfs.trust import TrustPolicy
+
+        return TrustPolicy(
+            pin=self.pin,
+            keys=tuple(load_trusted_key(path) for path in self.trust or ()),
+            artifact_id=self.artifact_id,
+            min_version=self.min_version,
+            allow_unsigned=self.allow_unsigned,
+        )
+
+
+@contextmanager
+def opened_source(reference: str) -> Iterator[BlobSource]:
+    """The store of a reference, closed at the end. Raises: UsageError, NotFoundError and others of the store."""
+    from encfs.oci.reference import parse_reference
+    from encfs.oci.store import open_source
+
+    with closing(open_source(parse_reference(reference))) as source:
+        yield source
+
+
+@contextmanager
+def opened_artifact(
+    terminal: Terminal, reference: str, keys: KeyOptions, trust: TrustOptions, *, cache_size: int | None = None
+) -> Iterator[Artifact]:
+    """An accepted and unwrapped artifact, closed at the end; warns of what its origin leaves open.
+
+    Raises: as `encfs.artifact.open_artifact`.
+    """
+    from encfs.artifact import open_artifact
+    from encfs.format.volume import DEFAULT_CACHE_SIZE
+
+    policy = trust.policy()
+    with (
+        keys.providers() as providers,
+        opened_source(reference) as source,
+        open_artifact(
+            source,
+            keys=providers,
+            trust=policy,
+            cache_size=DEFAULT_CACHE_SIZE if cache_size is None else cache_size,
+            label=reference,
+        ) as artifact,
+    ):
+        warn_of_origin(terminal, artifact.origin)
+        yield artifact
+
+
+def warn_of_origin(terminal: Terminal, origin: Origin) -> None:
+    for warning in origin.warnings:
+        terminal.warn(warning)
+
+
+def origin_document(origin: Origin) -> dict[str, object]:
+    return {"proven": origin.proven, "pinned": origin.pinned, "signer": origin.signer}
+
+
+def list_artifact(
+    terminal: Terminal,
+    reference: str,
+    path: str,
+    keys: KeyOptions,
+    trust: TrustOptions,
+    *,
+    recursive: bool,
+    long: bool,
+) -> None:
+    """`ls` of both programs."""
+    import os
+
+    from encfs.browse import Listed, listing, open_image
+
+    with opened_artifact(terminal, reference, keys, trust) as artifact:
+        entries = listing(open_image(artifact), os.fsencode(path), recursive=recursive)
+
+        def shown(found: Iterable[Listed]) -> Iterator[tuple[dict[str, object], str]]:
+            for one in found:
+                yield one.to_json(), one.long_line() if long else one.name()
+
+        head = {"reference": reference, "content_digest": artifact.content_digest, "path": path}
+        terminal.stream(head, "entries", shown(entries))
+
+
+def extract_artifact(terminal: Terminal, reference: str, directory: str, keys: KeyOptions, trust: TrustOptions) -> None:
+    """`imagetool decrypt` and `encfs extract`."""
+    import time
+    from pathlib import Path
+
+    from encfs.browse import open_image
+    from encfs.extract import extract_tree
+    from encfs.format.readahead import ReadAhead
+    from encfs.units import format_duration, format_size
+
+    started = time.monotonic()
+    with opened_artifact(terminal, reference, keys, trust) as artifact, terminal.progress() as progress:
+        image = open_image(artifact)
+        ahead = ReadAhead(image.volume)
+        try:
+            progress.begin("decrypt", image.volume.size)
+            result = extract_tree(image.tree, ahead, Path(directory), progress)
+            progress.end()
+        finally:
+            ahead.close()
+    seconds = time.monotonic() - started
+    if result.skipped:
+        terminal.warn(
+            f"{result.skipped} devices, owners or attributes could not be set; run as root to get everything back"
+        )
+    terminal.result(
+        {
+            "reference": reference,
+            "directory": directory,
+            "content_digest": artifact.content_digest,
+            "id": artifact.content.id,
+            "version": artifact.content.version,
+            "origin": origin_document(artifact.origin),
+            "names": result.names,
+            "size": result.size,
+            "skipped": result.skipped,
+            "seconds": round(seconds, 3),
+        },
+        [f"{directory}: {result.names} names, {format_size(result.size)} in {format_duration(seconds)}"],
+    )

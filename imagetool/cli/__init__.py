@@ -1,0 +1,22 @@
+"""The `imagetool` program: one module per command. Nothing imports this package but the program's entry point."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from encfs import commandline
+from imagetool.cli import copy, decrypt, encrypt, inspect, keygen, ls, recipients, sign, verify
+
+PROGRAM = "imagetool"
+
+app = commandline.application(PROGRAM, "Make, check and manage encrypted artifacts.")
+for _module in (keygen, encrypt, decrypt, inspect, ls, verify):
+    commandline.add_module(app, _module)
+app.add_typer(recipients.app)
+for _module in (sign, copy):
+    commandline.add_module(app, _module)
+
+
+def main() -> NoReturn:
+    """Run the program with the arguments of the process."""
+    commandline.main(app, PROGRAM)

@@ -1,0 +1,17 @@
+"""`imagetool decrypt`."""
+
+from __future__ import annotations
+
+from encfs.commandparts import KeyOptions, ReferenceArgument, TargetArgument, TrustOptions, extract_artifact
+from encfs.terminal import Terminal
+
+
+def command(
+    terminal: Terminal,
+    reference: ReferenceArgument,
+    directory: TargetArgument,
+    keys: KeyOptions,
+    trust: TrustOptions,
+) -> None:
+    """Decrypt a whole artifact into a directory; nothing appears there unless all of it verified."""
+    extract_artifact(terminal, reference, directory, keys, trust)

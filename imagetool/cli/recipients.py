@@ -1,0 +1,102 @@
+"""`imagetool recipients list|add|remove`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from encfs.commandline import add_command
+from encfs.commandparts import KeyOptions, ReferenceArgument, TrustOptions, opened_source
+from encfs.errors import MissingKeyError
+from encfs.terminal import Terminal
+from imagetool.cli.editing import edited, report
+from imagetool.cli.encrypt import PassphraseFileOption, RecipientsOption, recipient_keys
+from imagetool.cli.inspect import recipient_lines, recipients_document
+
+if TYPE_CHECKING:
+    from encfs.keys.jwk import PublicKey
+
+app = typer.Typer(name="recipients", help="Show and change who can open an artifact.", rich_markup_mode=None)
+
+
+def list_recipients(terminal: Terminal, reference: ReferenceArgument) -> None:
+    """List the recipients of an artifact. Needs no key; nothing of it is proven."""
+    from encfs.artifact import load_artifact
+
+    with opened_source(reference) as source:
+        artifact = load_artifact(source)
+    terminal.result(
+        {
+            "reference": reference,
+            "content_digest": artifact.content_digest,
+            "recipients": recipients_document(artifact),
+        },
+        recipient_lines(artifact),
+    )
+
+
+def add(
+    terminal: Terminal,
+    reference: ReferenceArgument,
+    recipients: RecipientsOption = None,
+    passphrase_file: PassphraseFileOption = None,
+    *,
+    keys: KeyOptions,
+    trust: TrustOptions,
+) -> None:
+    """Let more keys open an artifact. Needs a key that opens it."""
+    from imagetool.pipeline.edit import add_recipients
+
+    policy = trust.policy()
+    with recipient_keys(terminal, recipients or (), passphrase_file) as added:
+        if not added:
+            raise MissingKeyError("no recipient was given", hint="pass -r KEY or --passphrase-file FILE")
+        with keys.providers() as providers, edited(reference) as artifact:
+            manifest = add_recipients(artifact.source, artifact.sink, providers, added, trust=policy, tag=artifact.tag)
+    report(terminal, artifact, manifest, f"{len(added)} recipients added")
+
+
+def remove(
+    terminal: Terminal,
+    reference: ReferenceArgument,
+    recipient: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPIENT", help="Its number or key id as 'list' shows them, or its key file.", show_default=False
+        ),
+    ],
+    trust: TrustOptions,
+) -> None:
+    """Drop a recipient's entry. It may have kept what it could read: revoking needs a new version under fresh keys."""
+    from imagetool.pipeline.edit import remove_recipient
+
+    policy = trust.policy()
+    with edited(reference) as artifact:
+        manifest = remove_recipient(
+            artifact.source, artifact.sink, _selector(recipient), trust=policy, tag=artifact.tag
+        )
+    terminal.warn(
+        "a removed recipient may have kept the key; to revoke access encrypt a new version and raise --min-version"
+    )
+    report(terminal, artifact, manifest, "recipient removed")
+
+
+def _selector(text: str) -> int | str | PublicKey:
+    from encfs.keys.files import load_recipient_key
+    from encfs.keys.jwk import PublicKey
+
+    if text.isascii() and text.isdecimal() and len(text) < 4:
+        return int(text)
+    if Path(text).is_file():
+        key = load_recipient_key(text)
+        if isinstance(key, PublicKey):
+            return key
+        return key.kid or text
+    return text
+
+
+add_command(app, "list", list_recipients)
+add_command(app, "add", add)
+add_command(app, "remove", remove)
