@@ -171,11 +171,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ),
             reference=f"path:{chosen.image}",
             content_digest="sha256:" + "0" * 64,
-            on_ready=lambda status: print(json.dumps(status.to_json()), flush=True),
+            on_ready=lambda status: print(json.dumps(status.to_json()), flush=True),  # noqa: T201 - its output
             ready_timeout=chosen.ready_timeout,
         )
     except EncfsError as error:
-        print(f"{error.exit_code}: {error}", file=sys.stderr)
+        print(f"{error.exit_code}: {error}", file=sys.stderr)  # noqa: T201 - its output
         return error.exit_code
     return 0
 
