@@ -1,7 +1,7 @@
 """`passphrase:` asks on the terminal; `passphrase:file=PATH`, `passphrase:fd=N`, `passphrase:command=COMMAND` do not.
 
-The command is split into words as a shell would, but no shell is started. It gets no input; what it writes to its
-output (at most 1 KiB) is the passphrase; it must end with status 0 within a minute.
+The command is split into words as a shell would, but no shell is started. It gets neither input nor a terminal; what it
+writes to its output (at most 1 KiB) is the passphrase; it must end with status 0 within a minute.
 """
 
 from __future__ import annotations
@@ -185,6 +185,9 @@ def _run(words: Sequence[str]) -> bytearray:
                 if process.stdout is None:
                     raise KeyProviderError("the passphrase command has no output")
                 content = _drain(process.stdout.fileno(), deadline)
+                if len(content) == _READ_SIZE:
+                    wipe(content)
+                    raise KeyFileError(f"the passphrase command's output is longer than {MAX_PASSPHRASE_SIZE} bytes")
                 status = process.wait(max(0.0, deadline - time.monotonic()))
             finally:
                 if process.returncode is None:
