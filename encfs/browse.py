@@ -86,16 +86,18 @@ def open_image(artifact: Artifact) -> Image:
 def listing(image: Image, path: bytes = b"", *, recursive: bool = False) -> Iterator[Listed]:
     """What is in the directory at `path`, or the one entry if it is no directory; everything below with `recursive`.
 
+    The path is looked up at once, the rest as it is asked for.
     Raises: NotFoundError, FormatError, what the volume raises.
     """
-    tree = image.tree
     prefix = b"/".join(part for part in path.split(b"/") if part not in (b"", b"."))
     # A trailing slash, or nothing at all, asks for what a link leads to.
-    top = tree.resolve(prefix, follow=path.endswith(b"/") or not prefix)
+    top = image.tree.resolve(prefix, follow=path.endswith(b"/") or not prefix)
     if not stat.S_ISDIR(top.mode):
-        yield _listed(tree, prefix, top)
-        return
-    start = prefix + b"/" if prefix else b""
+        return iter([_listed(image.tree, prefix, top)])
+    return _contents(image.tree, top, prefix + b"/" if prefix else b"", recursive)
+
+
+def _contents(tree: ErofsReader, top: Inode, start: bytes, recursive: bool) -> Iterator[Listed]:
     if recursive:
         for below, inode in walk(tree, top):
             yield _listed(tree, start + below, inode)

@@ -110,7 +110,7 @@ def main(app: typer.Typer, program: str, arguments: Sequence[str] | None = None)
 
 
 def _usage_error(error: typer.TyperException, program: str) -> UsageError:
-    message = " ".join(error.format_message().split()).rstrip(".")
+    message = " ".join(error.format_message().split()).rstrip(".").replace(": Value error, ", ": ")
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else program
     return UsageError(message[:1].lower() + message[1:], hint=f"see '{path} --help'")

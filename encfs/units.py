@@ -48,7 +48,9 @@ def format_size(size: int) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """`0.8 s`, `12 s`, `3 min 05 s`, `2 h 07 min`."""
+    """`80 ms`, `2.5 s`, `12 s`, `3 min 05 s`, `2 h 07 min`."""
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f} ms"
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -35,7 +35,7 @@ def command(
             "size_copied": result.copied_size,
         },
         [
-            f"{destination}: {result.copied} blobs copied ({format_size(result.copied_size)}), {result.present} present",
+            f"{destination}: {result.copied} blobs copied, {format_size(result.copied_size)}; {result.present} present",
             f"manifest        {result.manifest.digest}",
         ],
     )
