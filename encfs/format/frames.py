@@ -9,7 +9,6 @@ from __future__ import annotations
 import struct
 import threading
 from dataclasses import dataclass
-from enum import IntFlag
 
 import zstandard
 from cryptography.exceptions import InvalidTag
@@ -34,14 +33,9 @@ _NONCE = struct.Struct(">4x Q")
 _COMPRESSED_LENGTH = struct.Struct(">I")
 
 
-class FrameFlags(IntFlag):
-    """Flags of a frame, in its tree entry and its associated data."""
-
-    NONE = 0
-    ZSTD = 1
-
-
-KNOWN_FLAGS = int(FrameFlags.ZSTD)
+#: Flags of a frame, in its tree entry and its associated data. Plain integers: `enum` costs as much per frame as AES.
+FLAG_ZSTD = 1
+KNOWN_FLAGS = FLAG_ZSTD
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +63,7 @@ def check_frame_size(frame_size: int) -> None:
 
 def stored_size_is_possible(stored: int, length: int, flags: int) -> bool:
     """Whether a frame of `length` plaintext bytes with these `flags` can be stored in `stored` bytes."""
-    if flags & FrameFlags.ZSTD:
+    if flags & FLAG_ZSTD:
         body = stored - TAG_SIZE
         return 0 < body < length and body % PADDING_UNIT == 0
     return stored == length + TAG_SIZE
@@ -100,7 +94,7 @@ class FrameCipher:
 
         Raises: IntegrityError where the tag does not fit; FormatError where an authentic frame is malformed inside.
         """
-        if flags & FrameFlags.ZSTD:
+        if flags & FLAG_ZSTD:
             out[:] = self._open_compressed(index, stored, length, flags)
             return
         try:

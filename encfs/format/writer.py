@@ -26,9 +26,9 @@ from encfs.errors import UnsupportedError
 from encfs.format.descriptor import SEGMENT_TYPE, TREE_TYPE, SegmentDescriptor, VolumeDescriptor
 from encfs.format.frames import (
     DEFAULT_FRAME_SIZE,
+    FLAG_ZSTD,
     TAG_SIZE,
     FrameCipher,
-    FrameFlags,
     FrameGeometry,
     check_frame_size,
     compress_body,
@@ -198,14 +198,14 @@ class VolumeWriter:
         return frames
 
     def _seal_frame(self, index: int, plaintext: memoryview, room: memoryview, start: int) -> _SealedFrame:
-        length, flags = len(plaintext), FrameFlags.NONE
+        length, flags = len(plaintext), 0
         if self._options.compress:
             body = compress_body(plaintext, self._compressor())
             if body is not None:
-                plaintext, flags = memoryview(body), FrameFlags.ZSTD
+                plaintext, flags = memoryview(body), FLAG_ZSTD
         out = room[: len(plaintext) + TAG_SIZE]
         self._cipher.seal_into(index, plaintext, length, flags, out)
-        return _SealedFrame(index, start, len(out), int(flags), leaf_hash(self._options.suite, index, out))
+        return _SealedFrame(index, start, len(out), flags, leaf_hash(self._options.suite, index, out))
 
     def _compressor(self) -> zstandard.ZstdCompressor:
         try:
