@@ -10,37 +10,54 @@ from encfs.erofs.structures import BLOCK_SIZE, DIRENT, MAX_PATH
 from encfs.errors import FormatError
 
 
+class WalkBounds:
+    """What every walk of a tree has to check, one object for each walk.
+
+    A directory has one parent, which its `..` names: that rules out loops. A directory could still stand in its parent
+    under many names; but the names of each directory exist once in the image, so that more of them than the image has
+    room for show it.
+    """
+
+    def __init__(self, reader: ErofsReader) -> None:
+        self._reader = reader
+        self._names_left = reader.block_count * BLOCK_SIZE // (DIRENT.size + 1)
+
+    def check(self, parent: Inode, child: Inode, path_size: int) -> None:
+        """Count the name of `child` in `parent`, at a path of so many bytes.
+
+        Raises: FormatError where it is one too many, where the path is longer than `MAX_PATH`, and where `child` is a
+        directory with another parent.
+        """
+        self._names_left -= 1
+        if self._names_left < 0 or path_size > MAX_PATH:
+            raise FormatError(f"EROFS directory {parent.nid} has more names or longer paths than can be")
+        if not stat.S_ISDIR(child.mode):
+            return
+        # The root is its own parent.
+        if child.nid == self._reader.root or self._reader.lookup(child, b"..") != parent.nid:
+            raise FormatError(f"EROFS directory {child.nid} is reached from elsewhere than its parent")
+
+
 def walk(reader: ErofsReader, top: Inode) -> Iterator[tuple[bytes, Inode]]:
     """Everything below the directory `top` (itself not included) in preorder, siblings sorted: path from `top`, inode.
 
-    A level costs a few words of memory, whatever its directory's size.
-
-    Raises: FormatError for whatever the reader finds, for a path of more than `MAX_PATH` bytes, for a directory that
-    is reached from elsewhere than its parent, and for more names than the image has room for.
+    A level costs a few words of memory, whatever its directory's size. Raises FormatError for whatever the reader or
+    `WalkBounds` finds.
     """
-    names_left = reader.block_count * BLOCK_SIZE // (DIRENT.size + 1)
+    bounds = WalkBounds(reader)
     path = bytearray()
     # Directory, where to go on in it, length of its path
     stack: list[tuple[Inode, int, int]] = [(top, 0, 0)]
     while stack:
         directory, position, path_size = stack.pop()
-        del path[path_size:]
         for entry in reader.entries(directory, position):
             if entry.name in (b".", b".."):
                 continue
-            # The names of each directory exist once: more of them means that a directory stands in its parent twice.
-            names_left -= 1
-            inode = reader.inode(entry.nid)
             del path[path_size:]
             path += b"/" + entry.name if path else entry.name
-            if names_left < 0 or len(path) > MAX_PATH:
-                raise FormatError(f"EROFS directory {directory.nid} has more names or longer paths than can be")
-            if not stat.S_ISDIR(inode.mode):
-                yield bytes(path), inode
-                continue
-            # A directory has one parent: this rules loops out.
-            if reader.lookup(inode, b"..") != directory.nid:
-                raise FormatError(f"EROFS directory {entry.nid} is reached from elsewhere than its parent")
+            inode = reader.inode(entry.nid)
+            bounds.check(directory, inode, len(path))
             yield bytes(path), inode
-            stack += ((directory, entry.next, path_size), (inode, 0, len(path)))
-            break
+            if stat.S_ISDIR(inode.mode):
+                stack += ((directory, entry.next, path_size), (inode, 0, len(path)))
+                break

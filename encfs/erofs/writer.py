@@ -51,6 +51,9 @@ _SYNTHETIC_MODE = stat.S_IFDIR | 0o755
 _CACHE_SIZE = 4 << 20
 _CACHE_OVERHEAD = 200
 
+_SELECT_NAME = "SELECT inode, type FROM name WHERE parent = ? AND name = ?"
+_INSERT_INODE = f"INSERT INTO inode VALUES ({'?, ' * 13}NULL)"  # noqa: S608 (placeholders only)
+
 
 class ImageSink(Protocol):
     """Where an image goes: sequential, except that its head is set last."""
@@ -241,10 +244,22 @@ class ErofsWriter:
             self._remember(path, number)
         return number
 
+    def _find(self, path: bytes) -> tuple[int, int] | None:
+        """The number and type of what has been added at a path."""
+        directory, _slash, name = path.rpartition(b"/")
+        number = self._directories.get(directory)
+        names = path.split(b"/") if number is None else [name]
+        number = number or ROOT_ID
+        kind = TYPE_DIRECTORY
+        for name in names:
+            row = self._spool.execute(_SELECT_NAME, (number, name)).fetchone()
+            if row is None:
+                return None
+            number, kind = row
+        return number, kind
+
     def _find_directory(self, path: bytes, parent: int, name: bytes) -> int | None:
-        row = self._spool.execute(
-            "SELECT inode, type FROM name WHERE parent = ? AND name = ?", (parent, name)
-        ).fetchone()
+        row = self._spool.execute(_SELECT_NAME, (parent, name)).fetchone()
         if row is None:
             return None
         if row[1] != TYPE_DIRECTORY:
@@ -274,13 +289,10 @@ class ErofsWriter:
         self._names += 1
 
     def _add_link(self, path: bytes, link_to: bytes) -> None:
-        target_parent, target_name = self._split(link_to)
-        row = self._spool.execute(
-            "SELECT inode, type FROM name WHERE parent = ? AND name = ?", (target_parent, target_name)
-        ).fetchone()
-        if row is None:
+        found = self._find(link_to)
+        if found is None:
             raise SourceError(f"{printable(path)}: hard link to {printable(link_to)}, which was not added before it")
-        number, kind = row
+        number, kind = found
         if kind == TYPE_DIRECTORY:
             raise SourceError(f"{printable(path)}: hard link to the directory {printable(link_to)}")
         parent, name = self._split(path)
@@ -296,7 +308,7 @@ class ErofsWriter:
     def _insert_inode(self, number: int, mode: int | None, tail: bytes) -> None:
         """A directory that is only implied so far; `tail` is its path."""
         values = (number, mode, 0, 0, self._epoch, 0, 0, 1, LAYOUT_PLAIN, 0, 0, b"", tail)
-        self._spool.execute(f"INSERT INTO inode VALUES ({'?, ' * 13}NULL)", values)  # noqa: S608 (placeholders only)
+        self._spool.execute(_INSERT_INODE, values)
 
     def _add_inode(self, entry: Entry, data: DataSource | None, extents: Sequence[tuple[int, int]] | None) -> None:
         path, mode = entry.path, entry.mode
@@ -312,7 +324,7 @@ class ErofsWriter:
             self._add_directory(path, owner, xattrs)
             return
         if not path:
-            raise SourceError("the root of an image is a directory")
+            raise SourceError("/: the root of an image is a directory")
         parent, name = self._split(path)
         number = self._new_inode()
         self._insert_name(path, parent, name, number, kind, owner=True)
@@ -332,16 +344,14 @@ class ErofsWriter:
                 raise SourceError(f"{printable(path)}: device number {entry.rdev:#x} does not fit 12 and 20 bits")
             start = encoded
         values = (number, *owner, size, 1, layout, start, extra, xattrs, tail)
-        self._spool.execute(f"INSERT INTO inode VALUES ({'?, ' * 13}NULL)", values)  # noqa: S608 (placeholders only)
+        self._spool.execute(_INSERT_INODE, values)
 
     def _add_directory(self, path: bytes, owner: tuple[int, int, int, int, int], xattrs: bytes) -> None:
         number = ROOT_ID
         if path:
             parent, name = self._split(path)
-            found = self._spool.execute(
-                "SELECT inode FROM name WHERE parent = ? AND name = ? AND type = ?", (parent, name, TYPE_DIRECTORY)
-            ).fetchone()
-            if found:
+            found = self._spool.execute(_SELECT_NAME, (parent, name)).fetchone()
+            if found and found[1] == TYPE_DIRECTORY:
                 number = found[0]
             else:
                 number = self._new_inode()

@@ -38,6 +38,11 @@ class FileSink:
             view = view[count:]
             self.position += count
 
+    def skip(self, size: int) -> None:
+        """Leave a hole in the file."""
+        self._file.seek(size, os.SEEK_CUR)
+        self.position += size
+
     def set_head(self, data: bytes) -> None:
         assert len(data) <= 4096
         assert len(data) <= self.position

@@ -174,6 +174,11 @@ def _scan_node(descriptor: int, name: bytes | None, status: os.stat_result, cont
     )
 
 
+def digest_bytes(content: bytes) -> str:
+    """The digest of a regular file with this content."""
+    return _digest((offset, content[offset : offset + _PIECE]) for offset in range(0, len(content), _PIECE))
+
+
 def _digest(pieces: Iterable[tuple[int, bytes]]) -> str:
     hasher = hashlib.sha256()
     for offset, piece in pieces:
