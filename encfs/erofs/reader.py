@@ -240,21 +240,25 @@ class ErofsReader:
         if inode.layout == LAYOUT_CHUNKED:
             yield from self._joined_chunks(inode, offset, end)
             return
-        whole = inode.size
-        if inode.layout == LAYOUT_INLINE:
-            whole &= -BLOCK_SIZE
+        while offset < end:
+            place, run = self._flat_run(inode, offset)
+            length = min(run, end - offset)
+            yield place, length
+            offset += length
+
+    def _flat_run(self, inode: Inode, offset: int) -> tuple[int, int]:
+        """Where the byte at `offset` of a flat file lies in the image, and how many lie there side by side."""
+        whole = inode.size & -BLOCK_SIZE if inode.layout == LAYOUT_INLINE else inode.size
         if offset < whole:
-            stop = min(end, whole)
-            first = inode.start * BLOCK_SIZE
-            if first + stop > self._size:
-                raise FormatError(f"EROFS inode {inode.nid} has contents beyond the end of the image")
-            yield first + offset, stop - offset
-            offset = stop
-        if offset < end:
+            place, run = inode.start * BLOCK_SIZE + offset, whole - offset
+        else:
             tail = inode.xattr_offset + inode.xattr_size
-            if tail % BLOCK_SIZE + inode.size - whole > BLOCK_SIZE or tail + inode.size - whole > self._size:
+            if tail % BLOCK_SIZE + inode.size - whole > BLOCK_SIZE:
                 raise FormatError(f"EROFS inode {inode.nid} has an inline tail that crosses a block")
-            yield tail + offset - whole, end - offset
+            place, run = tail + offset - whole, inode.size - offset
+        if place + run > self._size:
+            raise FormatError(f"EROFS inode {inode.nid} has contents beyond the end of the image")
+        return place, run
 
     def _joined_chunks(self, inode: Inode, offset: int, end: int) -> Iterator[tuple[int | None, int]]:
         place: int | None = None
@@ -372,10 +376,14 @@ class ErofsReader:
     def _directory_block(self, directory: Inode, number: int) -> bytes:
         offset = number * BLOCK_SIZE
         size = min(BLOCK_SIZE, directory.size - offset)
-        ((place, length),) = self.extents(directory, offset, size)
-        if place is None or length < DIRENT.size:
+        place: int | None
+        if directory.layout == LAYOUT_CHUNKED:
+            place, run = next(self.extents(directory, offset, size))
+        else:
+            place, run = self._flat_run(directory, offset)
+        if place is None or run < size or size < DIRENT.size:
             raise FormatError(f"EROFS directory {directory.nid} has a hole or a fragment")
-        return self._bytes(place, length)
+        return self._bytes(place, size)
 
     @staticmethod
     def _names_offset(directory: Inode, block: bytes) -> int:
