@@ -17,6 +17,9 @@ MAX_INTEGER = 2**53 - 1
 #: Deepest nesting of arrays and objects; a top-level object has depth 1.
 MAX_DEPTH = 16
 
+#: Most members, elements and containers together: parsed, each takes up to 30 times the memory of its text.
+MAX_VALUES = 1 << 18
+
 _BOM = b"\xef\xbb\xbf"
 _SHOWN_NAME = 48
 
@@ -33,12 +36,15 @@ def loads(content: bytes | bytearray, *, limit: int, what: str) -> object:
 
     Raises: FormatError for anything larger than `limit`, that is not UTF-8 JSON, begins with a byte order mark, repeats
     a member of an object, holds a lone surrogate, a NUL, a fraction, an exponent, NaN, Infinity, an integer beyond
-    ±(2^53-1), or nests deeper than 16.
+    ±(2^53-1), or nests deeper than 16, or holds more than 262144 values.
     """
     if len(content) > limit:
         raise FormatError(f"{what} is {len(content)} bytes, more than the {limit} allowed")
     # The exception is made here and raised below, outside of the handlers: json's errors carry the whole document.
     problem: str
+    # Counted with those inside of strings, which is never too few.
+    if sum(content.count(byte) for byte in b",[{") > MAX_VALUES:
+        raise FormatError(f"{what} holds more than {MAX_VALUES} values")
     if content.startswith(_BOM):
         raise FormatError(f"{what} begins with a byte order mark")
     try:

@@ -9,7 +9,7 @@
 | `HPKE-MLKEM768X25519-A256GCM` (ours) | ML-KEM-768 + X25519 | | enc (1120 bytes), ciphertext (48 bytes) |
 
 Each may carry `kid`, a hint. The algorithms are put together from the primitives of `cryptography` and not done by
-jwcrypto, for the reasons in docs/decisions/jwe-without-jwcrypto.md; jwcrypto is the judge of them in the tests.
+jwcrypto, for the reasons in docs/decisions/0003-jwe-without-jwcrypto.md; jwcrypto is the judge of them in the tests.
 """
 
 from __future__ import annotations
@@ -126,12 +126,11 @@ def wrap(cek: bytearray, key: RecipientKey, content_digest: str) -> dict[str, ob
     """
     match key:
         case SymmetricKey():
-            return _entry(KEK, key.kid, {}, aes_key_wrap(bytes(key.secret), bytes(cek)))
+            return _entry(KEK, key.kid, {}, aes_key_wrap(key.secret, cek))
         case Passphrase():
             salt = secrets.token_bytes(_SALT_SIZE)
-            kek = _stretch(key, salt, ITERATIONS)
             parameters = {"p2s": b64url_encode(salt), "p2c": ITERATIONS}
-            return _entry(PBES2, None, parameters, aes_key_wrap(kek, bytes(cek)))
+            return _entry(PBES2, None, parameters, _wrap_once(_stretch(key, salt, ITERATIONS), cek))
         case PublicKey():
             key.require(Use.ENCRYPT, f"the recipient key {key.kid}")
             if key.kind is KeyKind.RSA:
@@ -139,9 +138,8 @@ def wrap(cek: bytearray, key: RecipientKey, content_digest: str) -> dict[str, ob
             if key.kind is KeyKind.HYBRID:
                 return _entry(HPKE, key.kid, {}, key.encrypt_hpke(cek, _hpke_info(content_digest)))
             ephemeral = jwk.private_key(_ephemeral(key))
-            kek = _agree(ephemeral.exchange(key))
             epk = jwk.public_members(ephemeral.public.handle)
-            return _entry(ECDH, key.kid, {"epk": epk}, aes_key_wrap(kek, bytes(cek)))
+            return _entry(ECDH, key.kid, {"epk": epk}, _wrap_once(_agree(ephemeral.exchange(key)), cek))
 
 
 def unwrap_with_key(
@@ -158,7 +156,7 @@ def unwrap_with_key(
     fitting = [recipient for recipient in recipients if recipient.kind == kind]
     fitting.sort(key=lambda recipient: recipient.kid is None or recipient.kid != key.kid)
     if isinstance(key, SymmetricKey):
-        kek = bytes(key.secret)
+        kek = key.secret
         return _first(fitting, lambda recipient: aes_key_unwrap(kek, recipient.encrypted_key), name, kind)
     return _first(fitting, lambda recipient: _unwrap_asymmetric(key, recipient, content_digest), name, kind)
 
@@ -170,7 +168,7 @@ def unwrap_with_passphrase(passphrase: Passphrase, recipients: Sequence[Recipien
     """
 
     def unwrap(recipient: Recipient) -> bytes:
-        return aes_key_unwrap(_stretch(passphrase, recipient.salt, recipient.iterations), recipient.encrypted_key)
+        return _unwrap_once(_stretch(passphrase, recipient.salt, recipient.iterations), recipient.encrypted_key)
 
     return _first([recipient for recipient in recipients if recipient.alg == PBES2], unwrap, name, "passphrase")
 
@@ -202,7 +200,7 @@ def _first(fitting: Sequence[Recipient], unwrap: Callable[[Recipient], bytes], n
 
 def _unwrap_asymmetric(key: UnwrappingKey, recipient: Recipient, content_digest: str) -> bytes:
     if recipient.epk is not None:
-        return aes_key_unwrap(_agree(key.exchange(recipient.epk)), recipient.encrypted_key)
+        return _unwrap_once(_agree(key.exchange(recipient.epk)), recipient.encrypted_key)
     if recipient.alg == RSA:
         return key.decrypt_oaep(recipient.encrypted_key)
     return key.decrypt_hpke(recipient.encrypted_key, _hpke_info(content_digest))
@@ -266,17 +264,35 @@ def _ephemeral(key: PublicKey) -> PrivateHandle:
     return x25519.X25519PrivateKey.generate()
 
 
-def _agree(shared: bytes) -> bytes:
+def _wrap_once(kek: bytearray, cek: bytearray) -> bytes:
+    try:
+        return aes_key_wrap(kek, cek)
+    finally:
+        wipe(kek)
+
+
+def _unwrap_once(kek: bytearray, wrapped: bytes) -> bytes:
+    try:
+        return aes_key_unwrap(kek, wrapped)
+    finally:
+        wipe(kek)
+
+
+def _agree(shared: bytes) -> bytearray:
     """The key-encryption key of ECDH-ES+A256KW: Concat KDF with empty PartyUInfo and PartyVInfo (RFC 7518, 4.6.2)."""
     algorithm = ECDH.encode("ascii")
     other = struct.pack(f">I{len(algorithm)}sIII", len(algorithm), algorithm, 0, 0, 8 * CEK_SIZE)
-    return ConcatKDFHash(SHA256(), CEK_SIZE, other).derive(shared)
+    kek = bytearray(CEK_SIZE)
+    ConcatKDFHash(SHA256(), CEK_SIZE, other).derive_into(shared, kek)
+    return kek
 
 
-def _stretch(passphrase: Passphrase, salt: bytes, iterations: int) -> bytes:
+def _stretch(passphrase: Passphrase, salt: bytes, iterations: int) -> bytearray:
     """The key-encryption key of PBES2-HS512+A256KW (RFC 7518, 4.8.1)."""
+    kek = bytearray(CEK_SIZE)
     kdf = PBKDF2HMAC(SHA512(), CEK_SIZE, PBES2.encode("ascii") + b"\0" + salt, iterations)
-    return kdf.derive(bytes(passphrase.secret))
+    kdf.derive_into(passphrase.secret, kek)
+    return kek
 
 
 def _hpke_info(content_digest: str) -> bytes:

@@ -67,6 +67,14 @@ def test_accepted_at_the_bounds() -> None:
     assert load(b"1".rjust(LIMIT)) == 1
 
 
+def test_the_number_of_values_is_bounded() -> None:
+    """What is parsed takes up to 30 times the memory of its text."""
+    for piece in (b"{},", b"[],", b"0,"):
+        with pytest.raises(FormatError, match="document holds more than 262144 values"):
+            strictjson.loads(b"[" + piece * (1 << 18) + b"0]", limit=1 << 20, what="document")
+    assert strictjson.loads(b"[" + b"0," * 100_000 + b"0]", limit=1 << 20, what="document") == [0] * 100_001
+
+
 def test_errors_do_not_carry_the_document() -> None:
     with pytest.raises(FormatError) as caught:
         load(b'{"k":"topsecret"')
