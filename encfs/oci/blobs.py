@@ -6,7 +6,7 @@ through them is untrusted: whoever asks for random access checks what comes back
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -70,8 +70,12 @@ class BlobSource(Protocol):
     def open_blob(self, descriptor: Descriptor) -> Blob:
         """Random access; nothing is verified."""
 
-    def stream_blob(self, descriptor: Descriptor, *, chunk_size: int = 1 << 20) -> Iterator[bytes]:
-        """The whole blob in order; size and digest verified, IntegrityError raised by the end at the latest."""
+    def stream_blob(self, descriptor: Descriptor, *, chunk_size: int = 1 << 20, offset: int = 0) -> Iterator[bytes]:
+        """The blob from `offset` (bytes) on, in order.
+
+        From 0, size and digest are verified and IntegrityError is raised by the end at the latest; from elsewhere only
+        who has the part before can tell.
+        """
 
     def has_blob(self, descriptor: Descriptor) -> bool: ...
 
@@ -109,3 +113,16 @@ class BlobSink(Protocol):
         """Write a manifest and move the tag to it as the last step: until then no reader sees any of it."""
 
     def close(self) -> None: ...
+
+
+class BlobTarget(BlobSink, Protocol):
+    """A sink that whole artifacts can be copied to."""
+
+    def copy_blob(
+        self, descriptor: Descriptor, stream: Callable[[int], Iterator[bytes]], advance: Callable[[int], None]
+    ) -> None:
+        """Take over a blob that exists elsewhere; `stream(offset)` gives its bytes from there on, as often as called.
+
+        A copy that was interrupted goes on where it stopped, as far as the store can. `advance` hears of bytes done.
+        Raises: IntegrityError where the content is not the digest's; StorageError, TransportError, what `stream` does.
+        """

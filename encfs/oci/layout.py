@@ -1,22 +1,20 @@
 """An OCI image layout directory (image-spec, image-layout.md) as a source and a sink of blobs.
 
-Blobs are read with `pread` into private memory: a shared mapping of an untrusted file can change between the check and
-the use. They are written to an unnamed file that gets its name when it is complete, so that a crash leaves nothing; the
-index is replaced in one step. Not here: what the blobs mean (`encfs.format`).
+A blob gets its name when it is complete, and the index is replaced in one step, so that a crash leaves no half of
+anything. Not here: reading and writing the files themselves (`files`), what the blobs mean (`encfs.format`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
 import os
-import secrets
 import stat
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from encfs.encoding import parse_digest, sha256_digest
@@ -29,11 +27,14 @@ from encfs.errors import (
     UnsupportedError,
     UsageError,
 )
-from encfs.oci.blobs import MAX_MANIFEST_SIZE, Buffer, Descriptor, RawManifest
+from encfs.oci.blobs import MAX_MANIFEST_SIZE, Descriptor, RawManifest
+from encfs.oci.files import FileBlob, FileBlobWriter, FilePool, FileWriter, remove_stale, storage_errors
+from encfs.oci.reference import check_layout_tag
 from encfs.strictjson import loads_object
 
 _LAYOUT_FILE = "oci-layout"
 _INDEX_FILE = "index.json"
+_NEW_INDEX_FILE = ".encfs-index.json"
 _BLOBS = "blobs/sha256"
 _LAYOUT_VERSION = "1.0.0"
 _INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
@@ -42,8 +43,10 @@ _MANIFEST_TYPES = frozenset(
 )
 _TAG_ANNOTATION = "org.opencontainers.image.ref.name"
 _LISTED_TAGS = 8
-#: A write this large is hashed in a thread of its own while it is being written.
-_OVERLAP_SIZE = 256 << 10
+#: How long to wait for another process that changes the index (seconds); it holds the lock for milliseconds.
+_LOCK_SECONDS = 30.0
+#: A blob this large is copied into a file that a later copy goes on with if this one is interrupted.
+_RESUMABLE_SIZE = 8 << 20
 
 
 class Layout:
@@ -60,6 +63,8 @@ class Layout:
         self.path = Path(path)
         self._tag = tag
         self._digest = digest
+        self._files = FilePool()
+        self._lock = threading.Lock()
         if create:
             self._create()
         try:
@@ -68,6 +73,9 @@ class Layout:
             raise NotFoundError(f"{self.path}: {error.strerror}", hint="give the directory of an OCI layout") from None
         try:
             self._check_marker()
+            if create:
+                with storage_errors(self.path):
+                    remove_stale(self._root)
         except BaseException:
             os.close(self._root)
             raise
@@ -82,15 +90,21 @@ class Layout:
             raise UnsupportedError(f"{self.path} is not an OCI layout of version {_LAYOUT_VERSION}")
 
     def _create(self) -> None:
-        with _storage_errors(self.path):
+        with storage_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             if (self.path / _LAYOUT_FILE).exists():
                 return
-            if any(self.path.iterdir()):
+            # What a creation that was cut short may have left is taken over; the marker comes last.
+            if {item.name for item in self.path.iterdir()} - {_BLOBS.split("/")[0], _INDEX_FILE}:
                 raise ConflictError(f"{self.path} is neither empty nor an OCI layout", hint="choose another directory")
-            (self.path / _BLOBS).mkdir(parents=True)
-            (self.path / _INDEX_FILE).write_bytes(_index_bytes({"schemaVersion": 2, "manifests": []}))
-            (self.path / _LAYOUT_FILE).write_text(json.dumps({"imageLayoutVersion": _LAYOUT_VERSION}))
+            (self.path / _BLOBS).mkdir(parents=True, exist_ok=True)
+            # Another process may be creating the same layout, and may have filled it already.
+            for name, content in (
+                (_INDEX_FILE, _index_bytes({"schemaVersion": 2, "manifests": []})),
+                (_LAYOUT_FILE, json.dumps({"imageLayoutVersion": _LAYOUT_VERSION}).encode()),
+            ):
+                with contextlib.suppress(FileExistsError), open(self.path / name, "xb") as file:
+                    file.write(content)
 
     # -- reading
 
@@ -157,37 +171,59 @@ class Layout:
         return bytes(content)
 
     def open_blob(self, descriptor: Descriptor) -> FileBlob:
-        """Random access. Raises: NotFoundError, IntegrityError where the size differs, StorageError."""
-        name = self._blob_name(descriptor.digest)
-        try:
-            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self._root)
-        except FileNotFoundError:
-            raise NotFoundError(
-                f"{self.path} has no blob {descriptor.digest}", hint="copy the artifact again"
-            ) from None
-        except OSError as error:
-            raise StorageError(f"{self.path}/{name}: {error.strerror}") from None
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode) or status.st_size != descriptor.size:
-            os.close(file)
+        """Random access; the file is opened when it is first read, and again if it was closed to save descriptors.
+
+        The layout must stay open meanwhile. Raises: NotFoundError, IntegrityError where the size differs, StorageError.
+        """
+        status = self._stat_blob(descriptor.digest)
+        self._check_regular(status, descriptor.digest)
+        if status.st_size != descriptor.size:
             raise IntegrityError(
                 f"blob {descriptor.digest} in {self.path} has {status.st_size} bytes, not {descriptor.size}"
             )
-        return FileBlob(file, descriptor.size, f"{self.path}/{name}")
+        return FileBlob(
+            self._files,
+            lambda: self._open_file(descriptor.digest),
+            descriptor.size,
+            f"{self.path}/{self._blob_name(descriptor.digest)}",
+        )
 
-    def stream_blob(self, descriptor: Descriptor, *, chunk_size: int = 1 << 20) -> Iterator[bytes]:
-        """The whole blob in order; IntegrityError by the end at the latest."""
-        blob = self.open_blob(descriptor)
-        digest = hashlib.sha256()
+    def _open_file(self, digest: str) -> int:
+        name = self._blob_name(digest)
         try:
-            for offset in range(0, descriptor.size, chunk_size):
-                chunk = bytearray(min(chunk_size, descriptor.size - offset))
-                blob.read_into(offset, memoryview(chunk))
-                digest.update(chunk)
+            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self._root)
+        except FileNotFoundError:
+            raise self._no_blob(digest) from None
+        except OSError as error:
+            raise StorageError(f"{self.path}/{name}: {error.strerror}") from None
+        try:
+            self._check_regular(os.fstat(file), digest)
+        except BaseException:
+            os.close(file)
+            raise
+        return file
+
+    def _check_regular(self, status: os.stat_result, digest: str) -> None:
+        if not stat.S_ISREG(status.st_mode):
+            raise IntegrityError(f"blob {digest} in {self.path} is no regular file")
+
+    def _no_blob(self, digest: str) -> NotFoundError:
+        return NotFoundError(f"{self.path} has no blob {digest}", hint="copy the artifact again")
+
+    def stream_blob(self, descriptor: Descriptor, *, chunk_size: int = 1 << 20, offset: int = 0) -> Iterator[bytes]:
+        """The blob from `offset` on, in order; from 0, IntegrityError by the end at the latest."""
+        blob = self.open_blob(descriptor)
+        digest = hashlib.sha256() if offset == 0 else None
+        try:
+            for position in range(offset, descriptor.size, chunk_size):
+                chunk = bytearray(min(chunk_size, descriptor.size - position))
+                blob.read_into(position, memoryview(chunk))
+                if digest is not None:
+                    digest.update(chunk)
                 yield bytes(chunk)
         finally:
             blob.close()
-        if digest.digest() != parse_digest(descriptor.digest):
+        if digest is not None and digest.digest() != parse_digest(descriptor.digest):
             raise IntegrityError(f"blob {descriptor.digest} in {self.path} has other content than its digest says")
 
     def has_blob(self, descriptor: Descriptor) -> bool:
@@ -202,7 +238,9 @@ class Layout:
         try:
             return os.stat(self._blob_name(digest), dir_fd=self._root, follow_symlinks=False)
         except FileNotFoundError:
-            raise NotFoundError(f"{self.path} has no blob {digest}") from None
+            raise self._no_blob(digest) from None
+        except OSError as error:
+            raise StorageError(f"{self.path}: {error.strerror}") from None
 
     @staticmethod
     def _blob_name(digest: str) -> str:
@@ -219,7 +257,7 @@ class Layout:
             # Neither a directory nor a pipe, which might never end or give nothing.
             if not stat.S_ISREG(os.fstat(file).st_mode):
                 raise FormatError(f"{self.path}/{name} is no regular file")
-            with _storage_errors(self.path / name), os.fdopen(file, "rb", closefd=False) as stream:
+            with storage_errors(self.path / name), os.fdopen(file, "rb", closefd=False) as stream:
                 return stream.read(limit + 1)
         finally:
             os.close(file)
@@ -228,24 +266,55 @@ class Layout:
         content = self._read_file(_INDEX_FILE, MAX_MANIFEST_SIZE)
         return loads_object(content, limit=MAX_MANIFEST_SIZE, what=f"{self.path}/{_INDEX_FILE}")
 
-    def _entries(self) -> list[object]:
-        entries = self._index().get("manifests")
+    def _manifests(self, index: Mapping[str, object]) -> list[object]:
+        entries = index.get("manifests")
         if not isinstance(entries, list):
             raise FormatError(f"{self.path}/{_INDEX_FILE} has no list of manifests")
         return entries
+
+    def _entries(self) -> list[object]:
+        return self._manifests(self._index())
 
     # -- writing
 
     def create_blob(self) -> FileBlobWriter:
         """A new blob. Raises: StorageError."""
-        with _storage_errors(self.path):
-            os.makedirs(self.path / _BLOBS, exist_ok=True)
-            directory = os.open(_BLOBS, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root)
+        with storage_errors(self.path):
+            directory = self._open_blobs()
+            root = os.dup(self._root)
         try:
-            return FileBlobWriter(directory, str(self.path))
+            return FileBlobWriter(root, directory, str(self.path))
         except BaseException:
             os.close(directory)
+            os.close(root)
             raise
+
+    def _open_blobs(self) -> int:
+        os.makedirs(self.path / _BLOBS, exist_ok=True)
+        return os.open(_BLOBS, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root)
+
+    def copy_blob(
+        self, descriptor: Descriptor, stream: Callable[[int], Iterator[bytes]], advance: Callable[[int], None]
+    ) -> None:
+        """Take over a blob whose bytes from an offset on `stream(offset)` gives; an interrupted copy is gone on with.
+
+        `advance` hears of the bytes done. Raises: IntegrityError where the content is not the digest's, StorageError,
+        what the stream raises.
+        """
+        name = parse_digest(descriptor.digest).hex()
+        resume = name if descriptor.size >= _RESUMABLE_SIZE else None
+        with contextlib.closing(FileWriter(self._root, str(self.path), resume=resume)) as writer:
+            try:
+                _fill(writer, descriptor, stream, advance)
+            except IntegrityError:
+                writer.discard()
+                raise
+            with storage_errors(self.path):
+                directory = self._open_blobs()
+            try:
+                writer.publish(directory, name)
+            finally:
+                os.close(directory)
 
     def write_blob(self, content: bytes, media_type: str) -> Descriptor:
         """A small blob in one call. Raises: StorageError."""
@@ -258,13 +327,18 @@ class Layout:
 
     def remove_blob(self, descriptor: Descriptor) -> None:
         """Take back a blob that no manifest names yet."""
-        with contextlib.suppress(FileNotFoundError), _storage_errors(self.path):
+        with storage_errors(self.path), contextlib.suppress(FileNotFoundError):
             os.unlink(self._blob_name(descriptor.digest), dir_fd=self._root)
 
     def put_manifest(
         self, content: bytes, media_type: str, *, tag: str | None = None, artifact_type: str | None = None
     ) -> Descriptor:
-        """Write a manifest, then let the tag name it. Other tags stay. Raises: StorageError, FormatError."""
+        """Write a manifest, then let the tag name it. Other tags stay.
+
+        Raises: UsageError where the tag is none, FormatError where the index is damaged, ConflictError, StorageError.
+        """
+        if tag:
+            check_layout_tag(tag)
         blob = self.write_blob(content, media_type)
         entry: dict[str, object] = {"mediaType": media_type, "digest": blob.digest, "size": blob.size}
         if artifact_type:
@@ -272,9 +346,7 @@ class Layout:
         if tag:
             entry["annotations"] = {_TAG_ANNOTATION: tag}
         with self._locked_index() as index:
-            entries = index.setdefault("manifests", [])
-            if not isinstance(entries, list):
-                raise FormatError(f"{self.path}/{_INDEX_FILE} has no list of manifests")
+            entries = self._manifests(index)
             if tag:
                 entries[:] = [item for item in entries if _parse_entry(item).annotations.get(_TAG_ANNOTATION) != tag]
             if entry not in entries:
@@ -284,174 +356,78 @@ class Layout:
     def untag(self, tag: str) -> None:
         """Drop a tag; blobs stay. Raises: NotFoundError, StorageError."""
         with self._locked_index() as index:
-            entries = index.get("manifests")
-            kept = (
-                [item for item in entries if _parse_entry(item).annotations.get(_TAG_ANNOTATION) != tag]
-                if isinstance(entries, list)
-                else []
-            )
-            if not isinstance(entries, list) or len(kept) == len(entries):
+            entries = self._manifests(index)
+            kept = [item for item in entries if _parse_entry(item).annotations.get(_TAG_ANNOTATION) != tag]
+            if len(kept) == len(entries):
                 raise NotFoundError(f"{self.path} has no tag {tag!r}")
             entries[:] = kept
 
     @contextlib.contextmanager
     def _locked_index(self) -> Iterator[dict[str, object]]:
-        """The parsed index under a lock on the directory; written back whole if the block ends well."""
-        fcntl.flock(self._root, fcntl.LOCK_EX)
-        try:
-            index = self._index()
-            yield index
-            with _storage_errors(self.path / _INDEX_FILE):
-                temporary = f".{_INDEX_FILE}.{secrets.token_hex(6)}"
-                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-                file = os.open(temporary, flags, 0o644, dir_fd=self._root)
-                try:
-                    with os.fdopen(file, "wb") as stream:
-                        stream.write(_index_bytes(index))
-                        stream.flush()
-                        os.fsync(file)
-                    os.rename(temporary, _INDEX_FILE, src_dir_fd=self._root, dst_dir_fd=self._root)
-                except BaseException:
-                    os.unlink(temporary, dir_fd=self._root)
-                    raise
-                os.fsync(self._root)
-        finally:
-            fcntl.flock(self._root, fcntl.LOCK_UN)
+        """The parsed index under a lock against other threads and processes; written back if the block ends well."""
+        with self._lock:
+            self._lock_directory()
+            try:
+                index = self._index()
+                yield index
+                self._write_index(_index_bytes(index))
+            finally:
+                fcntl.flock(self._root, fcntl.LOCK_UN)
+
+    def _lock_directory(self) -> None:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(self._root, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise ConflictError(
+                        f"{self.path} is locked by another process", hint="try again when that is done"
+                    ) from None
+                time.sleep(0.02)
+            except OSError as error:
+                raise StorageError(f"{self.path} cannot be locked: {error.strerror}") from None
+            else:
+                return
+
+    def _write_index(self, content: bytes) -> None:
+        if len(content) > MAX_MANIFEST_SIZE:
+            raise StorageError(f"{self.path}/{_INDEX_FILE} would be larger than 4 MiB", hint="use another layout")
+        with storage_errors(self.path / _INDEX_FILE):
+            # One temporary name is enough under the lock, and what a crash leaves there is written over.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+            file = os.open(_NEW_INDEX_FILE, flags, 0o644, dir_fd=self._root)
+            with os.fdopen(file, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(file)
+            os.rename(_NEW_INDEX_FILE, _INDEX_FILE, src_dir_fd=self._root, dst_dir_fd=self._root)
+            os.fsync(self._root)
 
     def close(self) -> None:
-        """Harmless when called again; blobs that were opened stay open."""
+        """Harmless when called again."""
+        self._files.close()
         if self._root >= 0:
             os.close(self._root)
             self._root = -1
 
 
-class FileBlob:
-    """Random access to a file by `pread`. Thread-safe."""
-
-    def __init__(self, file: int, size: int, name: str) -> None:
-        self._file = file
-        self.size = size
-        self._name = name
-        self._can_tell = True
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Raises: IntegrityError where the file is shorter than it was, StorageError."""
-        while buffer:
-            try:
-                size = os.preadv(self._file, [buffer], offset)
-            except OSError as error:
-                raise StorageError(f"{self._name}: {error.strerror}") from None
-            if size == 0:
-                raise IntegrityError(f"{self._name} is shorter than it claims")
-            offset += size
-            buffer = buffer[size:]
-
-    def try_read_into(self, offset: int, buffer: memoryview) -> bool:
-        """Reads only what is in the page cache (preadv2's RWF_NOWAIT), where the filesystem can tell."""
-        if self._can_tell:
-            try:
-                return os.preadv(self._file, [buffer], offset, os.RWF_NOWAIT) == len(buffer)
-            except BlockingIOError:
-                return False
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-                    raise StorageError(f"{self._name}: {error.strerror}") from None
-                self._can_tell = False
-        self.read_into(offset, buffer)
-        return True
-
-    def discard(self, offset: int, size: int) -> bool:
-        """There is no other copy than this one."""
-        return False
-
-    def close(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-
-
-class FileBlobWriter:
-    """One blob on its way into a layout, hashed while it is written."""
-
-    def __init__(self, directory: int, name: str) -> None:
-        """Takes over the descriptor of the blobs' directory. Raises: StorageError."""
-        self._directory = directory
-        self._name = name
-        self._digest = hashlib.sha256()
-        self._size = 0
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="digest")
-        self._temporary: str | None = None
-        with _storage_errors(name):
-            self._file = self._open()
-
-    def _open(self) -> int:
-        """An unnamed file, which a crash takes with it; a named one where the filesystem has no such."""
-        try:
-            return os.open(f"/proc/self/fd/{self._directory}", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT):
-                raise
-        self._temporary = f".partial-{secrets.token_hex(8)}"
-        return os.open(
-            self._temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o644, dir_fd=self._directory
-        )
-
-    def write(self, data: Buffer) -> None:
-        """Raises: StorageError."""
-        view = memoryview(data).cast("B")
-        hashing: Future[None] | None = None
-        if len(view) >= _OVERLAP_SIZE:
-            hashing = self._hasher.submit(self._digest.update, view)
-        else:
-            self._digest.update(view)
-        try:
-            rest = view
-            with _storage_errors(self._name):
-                while rest:
-                    rest = rest[os.write(self._file, rest) :]
-        finally:
-            if hashing is not None:
-                hashing.result()
-        self._size += len(view)
-
-    def commit(self, media_type: str) -> Descriptor:
-        """Make it durable and give it its name; an equal blob that is there already is kept. Raises: StorageError."""
-        name = self._digest.hexdigest()
-        with _storage_errors(self._name):
-            os.fsync(self._file)
-            try:
-                if self._temporary is None:
-                    source = f"/proc/self/fd/{self._file}"
-                    os.link(source, name, dst_dir_fd=self._directory, follow_symlinks=True)
-                else:
-                    os.link(self._temporary, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-            except FileExistsError:
-                self._replace_if_broken(name)
-            os.fsync(self._directory)
-        self.abort()
-        return Descriptor(media_type, f"sha256:{name}", self._size)
-
-    def _replace_if_broken(self, name: str) -> None:
-        """A file of that name but another size is the rest of some accident: ours takes its place."""
-        if os.stat(name, dir_fd=self._directory, follow_symlinks=False).st_size == self._size:
-            return
-        spare = f".partial-{secrets.token_hex(8)}"
-        if self._temporary is None:
-            os.link(f"/proc/self/fd/{self._file}", spare, dst_dir_fd=self._directory, follow_symlinks=True)
-        else:
-            os.link(self._temporary, spare, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-        os.rename(spare, name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-
-    def abort(self) -> None:
-        """Throw away what has no name yet; harmless when called again."""
-        if self._file < 0:
-            return
-        self._hasher.shutdown()
-        os.close(self._file)
-        if self._temporary is not None:
-            os.unlink(self._temporary, dir_fd=self._directory)
-        os.close(self._directory)
-        self._file = self._directory = -1
+def _fill(
+    writer: FileWriter,
+    descriptor: Descriptor,
+    stream: Callable[[int], Iterator[bytes]],
+    advance: Callable[[int], None],
+) -> None:
+    """Write what is missing. Raises: IntegrityError where the whole is not the descriptor's, what the stream raises."""
+    if writer.position < descriptor.size:
+        advance(writer.position)
+        for chunk in stream(writer.position):
+            if writer.position + len(chunk) > descriptor.size:
+                raise IntegrityError(f"blob {descriptor.digest} came with more bytes than its size {descriptor.size}")
+            writer.write(chunk)
+            advance(len(chunk))
+    if writer.position != descriptor.size or f"sha256:{writer.hexdigest()}" != descriptor.digest:
+        raise IntegrityError(f"blob {descriptor.digest} came with other content than its digest says")
 
 
 def _parse_entry(value: object) -> Descriptor:
@@ -471,12 +447,3 @@ def _parse_entry(value: object) -> Descriptor:
 
 def _index_bytes(index: Mapping[str, object]) -> bytes:
     return json.dumps(index, indent=2).encode()
-
-
-@contextlib.contextmanager
-def _storage_errors(path: object) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        hint = "free some space and try again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
-        raise StorageError(f"{path}: {error.strerror or error}", hint=hint) from None
