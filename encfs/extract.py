@@ -10,7 +10,6 @@ import contextlib
 import errno
 import os
 import secrets
-import shutil
 import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from encfs.erofs.reader import ErofsReader, Inode
+from encfs.erofs.walk import WalkBounds
 from encfs.errors import ConflictError, NotFoundError, StorageError
 from encfs.format.readahead import MAX_WINDOW, ReadAhead, Stream
 from encfs.progress import Progress
@@ -51,7 +51,7 @@ def extract_tree(reader: ErofsReader, ahead: ReadAhead, target: Path, progress: 
         with _storage_errors(target):
             os.rename(staging, target)
     except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove_tree(staging)
         raise
     return ExtractResult(extraction.names, extraction.size, extraction.skipped)
 
@@ -78,6 +78,49 @@ def _storage_errors(path: Path) -> Iterator[None]:
         raise StorageError(f"{path}: {error.strerror or error}") from None
 
 
+def _replace(directory: int, name: bytes) -> int:
+    """Open the directory `name` in `directory`, which is closed if that went well."""
+    opened = os.open(name, _DIRECTORY_FLAGS, dir_fd=directory)
+    os.close(directory)
+    return opened
+
+
+def _remove_tree(root: Path) -> None:
+    """Remove a directory of our own with everything in it, as far as that is possible.
+
+    Unlike `shutil.rmtree` at any depth, and also where an ordinary user has made directories that forbid it.
+    """
+    with contextlib.suppress(OSError):
+        directory = os.open(root, _DIRECTORY_FLAGS)
+        try:
+            os.fchmod(directory, 0o700)
+            below: list[bytes] = []
+            while True:
+                name = _unlink_files(directory)
+                if name is not None:
+                    os.chmod(name, 0o700, dir_fd=directory)
+                    directory = _replace(directory, name)
+                    below.append(name)
+                elif below:
+                    directory = _replace(directory, b"..")
+                    os.rmdir(below.pop(), dir_fd=directory)
+                else:
+                    break
+        finally:
+            os.close(directory)
+        os.rmdir(root)
+
+
+def _unlink_files(directory: int) -> bytes | None:
+    """Unlink what is no directory, up to the first directory: its name, or None where there is none."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                return os.fsencode(entry.name)
+            os.unlink(entry.name, dir_fd=directory)
+    return None
+
+
 class _Extraction:
     """One extraction under way. Directories get their attributes when everything in them is there."""
 
@@ -96,34 +139,50 @@ class _Extraction:
         os.close(self._root)
 
     def run(self) -> None:
+        bounds = WalkBounds(self._reader)
         root = self._reader.inode(self._reader.root)
-        # (path, inode, open directory, its remaining entries)
-        stack = [(b"", root, os.dup(self._root), self._reader.entries(root))]
+        # Directories from the root down to the one being filled: path, inode, its remaining entries. Only the last one
+        # is open, so that depth costs no descriptors; its parent is reached through "..", since all of it is ours.
+        stack = [(b"", root, self._reader.entries(root))]
+        directory = os.dup(self._root)
         try:
             while stack:
-                path, inode, directory, entries = stack[-1]
+                path, inode, entries = stack[-1]
                 entry = next(entries, None)
                 if entry is None:
-                    with _storage_errors(self._shown(path)):
-                        self._set_attributes(directory, inode)
-                    os.close(directory)
+                    directory = self._finish_directory(path, inode, directory)
                     stack.pop()
                     continue
                 if entry.name in (b".", b".."):
                     continue
                 child_path = path + b"/" + entry.name if path else entry.name
                 child = self._reader.inode(entry.nid)
+                bounds.check(inode, child, len(child_path))
                 self.names += 1
                 with _storage_errors(self._shown(child_path)):
                     if stat.S_ISDIR(child.mode):
                         os.mkdir(entry.name, 0o700, dir_fd=directory)
-                        opened = os.open(entry.name, _DIRECTORY_FLAGS, dir_fd=directory)
-                        stack.append((child_path, child, opened, self._reader.entries(child)))
+                        directory = _replace(directory, entry.name)
+                        stack.append((child_path, child, self._reader.entries(child)))
                     else:
                         self._create(child_path, entry.name, child, directory)
         finally:
-            for _, _, directory, _ in stack:
-                os.close(directory)
+            os.close(directory)
+
+    def _finish_directory(self, path: bytes, inode: Inode, directory: int) -> int:
+        """Set the attributes of a directory that has everything in it; its parent, open (its own again for the root).
+
+        The parent is opened first: afterwards its mode may forbid that.
+        """
+        with _storage_errors(self._shown(path)):
+            finished = os.dup(directory)
+            try:
+                if path:
+                    directory = _replace(directory, b"..")
+                self._set_attributes(finished, inode)
+            finally:
+                os.close(finished)
+        return directory
 
     def _shown(self, path: bytes) -> Path:
         return self._staging / os.fsdecode(path)
@@ -190,11 +249,21 @@ class _Extraction:
         return buffer
 
     def _set_attributes(self, file: int, inode: Inode) -> None:
-        """Owner first: changing it clears setuid and capabilities."""
-        if self._may(lambda: os.fchown(file, inode.uid, inode.gid)):
-            for name, value in self._reader.xattrs(inode).items():
+        """Owner first: changing it clears setuid and capabilities.
+
+        Where the owner cannot be kept, setuid, setgid, capabilities and access lists are dropped, as `cp -a` does: they
+        were meant for somebody else than the user who extracts.
+        """
+        mode = stat.S_IMODE(inode.mode)
+        kept = self._may(lambda: os.fchown(file, inode.uid, inode.gid))
+        if not kept:
+            mode &= ~(stat.S_ISUID | stat.S_ISGID)
+        for name, value in self._reader.xattrs(inode).items():
+            if kept or name.startswith(b"user."):
                 self._may(lambda name=name, value=value: os.setxattr(file, name, value))  # type: ignore[misc]
-        os.fchmod(file, stat.S_IMODE(inode.mode))
+            else:
+                self.skipped += 1
+        os.fchmod(file, mode)
         os.utime(file, ns=(inode.mtime_ns, inode.mtime_ns))
 
     def _set_special_attributes(self, name: bytes, inode: Inode, directory: int) -> None:
