@@ -69,8 +69,11 @@ class Scope:
     directory_links: bool = False
 
 
-def scan_tree(root: Path | bytes, *, contents: bool = True) -> dict[bytes, Node]:
-    """Every path below `root`, and b"" for itself, as a filesystem shows it."""
+def scan_tree(root: Path | bytes, *, contents: bool = True, count_links: bool = False) -> dict[bytes, Node]:
+    """Every path below `root`, and b"" for itself, as a filesystem shows it.
+
+    `count_links` counts the names that are met, for a tree whose files have further names outside it.
+    """
     nodes: dict[bytes, Node] = {}
     groups: dict[tuple[int, int], list[bytes]] = {}
     pending = [b""]
@@ -88,7 +91,11 @@ def scan_tree(root: Path | bytes, *, contents: bool = True) -> dict[bytes, Node]
                     pending.append(below)
                 elif status.st_nlink > 1:
                     groups.setdefault((status.st_dev, status.st_ino), []).append(below)
-    _set_groups(nodes, groups.values())
+    if count_links:
+        for group in groups.values():
+            for path in group:
+                nodes[path].nlink = len(group)
+    _set_groups(nodes, [group for group in groups.values() if not count_links or len(group) > 1])
     return nodes
 
 
