@@ -14,34 +14,44 @@ from encfs.erofs.structures import BLOCK_BITS, BLOCK_SIZE, CHUNK_BITS_MASK, CHUN
 
 @dataclass(frozen=True, slots=True)
 class ChunkPlan:
-    """`chunk_bits` is log2 of the chunk size in bytes; `ranges` are the stored byte ranges (start, end) in order, each
-    starting on a chunk and ending on one or on the last block of the file. One range over everything: no hole is
-    left."""
+    """How a file is stored: `ranges` are its stored byte ranges (start, end) in order.
+
+    Each starts on a chunk of 2^`chunk_bits` bytes, and ends on one or on the last block of the file. `index_size` is
+    the size of the block map in bytes: 0 where no hole is left, and the file needs no chunks.
+    """
 
     chunk_bits: int
     ranges: tuple[tuple[int, int], ...]
     index_size: int
 
+    @property
+    def cost(self) -> int:
+        """Bytes in the image."""
+        return self.index_size + sum(end - start for start, end in self.ranges)
+
 
 def plan_chunks(size: int, extents: Sequence[tuple[int, int]]) -> ChunkPlan:
-    """The plan that stores the fewest bytes for a file of `size` bytes whose data are `extents` (offset, length).
+    """The plan that stores the fewest bytes for a file of `size` > 0 bytes whose data are `extents` (offset, length).
 
-    The extents are in order, do not touch one another's bytes, and lie within the file.
+    The extents are in order, do not overlap, and lie within the file.
     """
-    best: ChunkPlan | None = None
-    best_cost = 0
-    for bits in range(BLOCK_BITS, BLOCK_BITS + CHUNK_BITS_MASK + 1):
-        ranges = _stored_ranges(size, extents, 1 << bits)
-        stored = sum(end - start for start, end in ranges)
-        index_size = CHUNK_BLOCK.size * -(-size >> bits)
-        if best is None or stored + index_size < best_cost:
-            best, best_cost = ChunkPlan(bits, ranges, index_size), stored + index_size
-        # Larger chunks never store less, so their cost is at least `stored`.
-        if stored >= best_cost or index_size == CHUNK_BLOCK.size:
+    best = _plan(size, extents, BLOCK_BITS)
+    for bits in range(BLOCK_BITS + 1, BLOCK_BITS + CHUNK_BITS_MASK + 1):
+        # Larger chunks never store less; they only shorten the index.
+        if best.index_size <= CHUNK_BLOCK.size:
             break
-    if best is None:
-        raise AssertionError("the loop runs at least once")
+        plan = _plan(size, extents, bits)
+        if plan.cost < best.cost:
+            best = plan
+        elif plan.cost - plan.index_size >= best.cost:
+            break
     return best
+
+
+def _plan(size: int, extents: Sequence[tuple[int, int]], bits: int) -> ChunkPlan:
+    ranges = _stored_ranges(size, extents, 1 << bits)
+    dense = ranges == ((0, align(size, BLOCK_SIZE)),)
+    return ChunkPlan(bits, ranges, 0 if dense else CHUNK_BLOCK.size * -(-size >> bits))
 
 
 def _stored_ranges(size: int, extents: Sequence[tuple[int, int]], chunk: int) -> tuple[tuple[int, int], ...]:

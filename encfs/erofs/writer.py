@@ -182,11 +182,14 @@ class ErofsWriter:
 
         Raises: SourceError for directories that are implied but were never added; StorageError; what the sink raises.
         """
-        with storage_errors():
-            self._complete_directories()
-            metadata_offset = self._sink.position
-            first_block = metadata_offset // BLOCK_SIZE
-            blocks = first_block + write_metadata(self._spool, self._sink, first_block, self._epoch)
+        try:
+            with storage_errors():
+                self._complete_directories()
+                metadata_offset = self._sink.position
+                first_block = metadata_offset // BLOCK_SIZE
+                blocks = first_block + write_metadata(self._spool, self._sink, first_block, self._epoch)
+        finally:
+            self.close()
         self._sink.set_head(
             pack_superblock(
                 Superblock(
@@ -202,7 +205,6 @@ class ErofsWriter:
                 )
             )
         )
-        self.close()
         return ImageSummary(blocks * BLOCK_SIZE, self._inodes, self._names, self._data_size, metadata_offset)
 
     # Names
@@ -397,7 +399,6 @@ class ErofsWriter:
         if data is None and extents:
             raise SourceError(f"{printable(path)}: {size} bytes, but no contents given")
         plan = plan_chunks(size, extents)
-        dense = plan.ranges == ((0, -(-size // BLOCK_SIZE) * BLOCK_SIZE),)
         runs = bytearray()
         remaining = iter(extents)
         extent = next(remaining, None)
@@ -417,7 +418,7 @@ class ErofsWriter:
                 position = extent[0] + extent[1]
                 extent = next(remaining, None)
             self._write_zeros(end - position)
-        if dense:
+        if not plan.index_size:
             return LAYOUT_PLAIN, first, 0, b""
         chunks = -(-size >> plan.chunk_bits)
         if chunks > covered:

@@ -45,15 +45,19 @@ def test_plan_covers_all_data_and_costs_least(file: tuple[int, list[tuple[int, i
         assert any(start <= offset and offset + length <= stop for start, stop in plan.ranges)
     for start, stop in plan.ranges:
         assert any(start < offset + length and offset < stop for offset, length in extents)
-    assert plan.index_size == 4 * -(-size // chunk)
+    assert plan.index_size == (0 if plan.ranges == ((0, limit),) else 4 * -(-size // chunk))
     cost = plan.index_size + sum(stop - start for start, stop in plan.ranges)
+    assert cost <= limit
     for bits in range(12, 44):
         assert cost <= 4 * -(-size >> bits) + rounded(size, extents, 1 << bits)
 
 
 def test_dense_file_is_one_range() -> None:
-    assert plan_chunks(10_000, [(0, 10_000)]).ranges == ((0, 12288),)
-    assert plan_chunks(10_000, [(0, 4000), (4000, 6000)]).ranges == ((0, 12288),)
+    for extents in ([(0, 10_000)], [(0, 4000), (4000, 6000)], [(0, 1), (5000, 5000)]):
+        plan = plan_chunks(10_000, extents)
+        assert plan.ranges == ((0, 12288),)
+        assert plan.index_size == 0
+        assert plan.cost == 12288
 
 
 def test_huge_hole_needs_no_long_index() -> None:
