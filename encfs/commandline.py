@@ -47,7 +47,8 @@ class CommonOptions:
 
 def size_option(*names: str, help: str, default: str | None = None) -> Any:  # noqa: A002 -- typer's own word
     """An option that takes a size (`encfs.units.parse_size`); its value is in bytes."""
-    return typer.Option(*names, metavar="SIZE", parser=parse_size, help=help, show_default=default or False)
+    shown = f"{help}  [default: {default}]" if default else help
+    return typer.Option(*names, metavar="SIZE", parser=parse_size, help=shown, show_default=False)
 
 
 def application(program: str, about: str) -> typer.Typer:

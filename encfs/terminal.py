@@ -89,6 +89,8 @@ class Terminal:
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Bytes to standard output. Ends the process quietly where the reader has gone, as SIGPIPE would."""
         self._started = True
+        if sys.stdout is None:
+            raise StorageError("standard output is closed")
         with _writing():
             sys.stdout.buffer.write(data)
 
@@ -121,7 +123,7 @@ class Terminal:
 
     def flush(self) -> None:
         """Before the exit code is decided: a full disk behind standard output is a failure, too."""
-        if self._started:
+        if self._started and sys.stdout is not None:
             with _writing():
                 sys.stdout.flush()
 
@@ -181,7 +183,7 @@ class Terminal:
     def progress(self) -> Iterator[Progress]:
         """What to hand to a library function that takes long."""
         mode = self.settings.progress or "auto"
-        terminal = sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+        terminal = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
         if mode == "auto":
             mode = "fancy" if terminal else "none"
         elif mode == "fancy" and not terminal:
@@ -206,6 +208,8 @@ class Terminal:
     def _message(self, text: str) -> None:
         line = f"{self.program}: {printable(text)}"
         if self._display is not None and self._display.print_above(line):
+            return
+        if sys.stderr is None:
             return
         try:
             sys.stderr.buffer.write(_encode(line) + b"\n")
@@ -250,7 +254,9 @@ def _escape(character: str) -> str:
 
 
 def _encode(text: str) -> bytes:
-    return text.encode(sys.stdout.encoding or "utf-8", "backslashreplace")
+    # A closed standard stream is None.
+    encoding = sys.stdout.encoding if sys.stdout is not None else "utf-8"
+    return text.encode(encoding, "backslashreplace")
 
 
 def _dump(document: object) -> bytes:

@@ -35,13 +35,13 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: int) -> str:
-    """`size` bytes with three significant digits or so: `999 B`, `64 KiB`, `1.5 GiB`."""
+    """`size` bytes in the largest unit that fits: `999 B`, `64 KiB`, `1.5 GiB`."""
     if size < 1024:
         return f"{size} B"
     value = float(size)
     for prefix in _PREFIXES:
         value /= 1024
-        if value < 999.95 or prefix == _PREFIXES[-1]:
+        if value < 1023.5 or prefix == _PREFIXES[-1]:
             break
     digits = f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
     return f"{digits.removesuffix('.0')} {prefix}iB"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def command(terminal: Terminal) -> None:
-    """List the mounts: what they serve, bytes read, frames verified, failures, cache hits."""
+    """List the mounts and their counters."""
     from encfs.mount.client import mounts
 
     found = mounts()

@@ -22,6 +22,8 @@ def command(
 ) -> None:
     """Unmount, and return once nothing is left behind."""
     from encfs.mount.client import umount
+    from encfs.mount.mountpoint import absolute
 
-    umount(directory, timeout=timeout, lazy=lazy, force=force)
-    terminal.result({"mountpoint": directory})
+    place = absolute(directory)
+    umount(place, timeout=timeout, lazy=lazy, force=force)
+    terminal.result({"mountpoint": place})

@@ -13,5 +13,5 @@ def command(
     keys: KeyOptions,
     trust: TrustOptions,
 ) -> None:
-    """Decrypt a whole artifact into a directory; nothing appears there unless all of it verified."""
+    """Decrypt a whole artifact into a directory. Nothing appears there unless all of it verified."""
     extract_artifact(terminal, reference, directory, keys, trust)

@@ -74,9 +74,11 @@ def command(
         typer.Option("--compress", metavar="none|zstd", help="Compress frames where it pays; sizes then tell more."),
     ] = "none",
     frame_size: Annotated[
-        int | None, size_option("--frame-size", help="Bytes sealed together, a power of two.")
+        int | None, size_option("--frame-size", help="Bytes sealed together, a power of two.", default="64KiB")
     ] = None,
-    segment_size: Annotated[int | None, size_option("--segment-size", help="Bytes of a blob, about.")] = None,
+    segment_size: Annotated[
+        int | None, size_option("--segment-size", help="Bytes of a blob, about.", default="1GiB")
+    ] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(

@@ -15,7 +15,10 @@ from encfs.units import format_size
 
 
 def command(terminal: Terminal, reference: ReferenceArgument, keys: KeyOptions, trust: TrustOptions) -> None:
-    """Check an artifact: all ciphertext against the root; the origin with trust options; decryption with a key."""
+    """Check all of an artifact's ciphertext.
+
+    With trust options its origin is checked, too, and with a key that every frame opens.
+    """
     from imagetool.pipeline.check import verify
 
     policy = trust.policy() if trust.given else None
