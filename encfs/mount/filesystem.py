@@ -11,6 +11,7 @@ and in worker threads where disk or network has to be waited for. Not here: moun
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
@@ -179,6 +180,8 @@ class ImageFilesystem(pyfuse3.Operations):
     # Contents
 
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        if flags & (os.O_ACCMODE | os.O_TRUNC):
+            raise FUSEError(errno.EROFS)
         return FileInfo(fh=self._nids.get(inode, inode), keep_cache=True)
 
     # pyfuse3 takes any buffer.

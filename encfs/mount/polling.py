@@ -1,8 +1,10 @@
 """Look for the next FUSE request for some microseconds before the event loop goes to sleep.
 
 A caller that walks a tree sends its next request right after the answer to the last one. Going to sleep and being woken
-costs more than such a request does; looking for it halves the time of a walk. It needs a second CPU for the caller, and
-a private function of pyfuse3: where either is missing, everything works as pyfuse3 made it.
+costs more than such a request does; looking for it halves the time of a walk. Where requests have lately come later
+(large sequential reads, a busy machine), looking only takes time from the caller, and is left until they come sooner
+again. It needs a second CPU for the caller, and a private function of pyfuse3: where either is missing, everything
+works as pyfuse3 made it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,13 @@ import trio
 _SEAM = "_wait_fuse_readable"
 #: Nanoseconds to look for a request before sleeping.
 _LOOK = 50_000
+#: Nanoseconds that sleeping and being woken take, about: they are no part of the time until a request came.
+_WAKING = 40_000
+#: Nanoseconds between requests, smoothed, up to which looking pays, and the most that one wait counts.
+_PAYS = 40_000
+_LONGEST = 400_000
+#: Each wait counts for 1/8 of the smoothed time.
+_SMOOTHING = 3
 #: Nanoseconds of uninterrupted requests after which everything else on the event loop gets its turn.
 _TURN = 2_000_000
 _FUSE_DEVICE = "/dev/fuse"
@@ -63,6 +72,7 @@ def _polling_wait(descriptor: int, original: _Wait) -> _Wait:
     poll = poller.poll
     now = time.monotonic_ns
     turn_ends = 0
+    smoothed = 0
 
     async def wait_fuse_readable() -> bool:
         """True when a request can be received without blocking, False when the session has ended.
@@ -70,20 +80,26 @@ def _polling_wait(descriptor: int, original: _Wait) -> _Wait:
         Several of pyfuse3's tasks wait here. The one that returns receives without giving way to another, so that what
         `poll` saw is still there; whatever gives way looks again, since receiving blocks the whole event loop.
         """
-        nonlocal turn_ends
+        nonlocal turn_ends, smoothed
         while True:
             started = time_now = now()
             ready = poll(0)
-            while not ready and time_now - started < _LOOK:
-                ready = poll(0)
-                time_now = now()
+            if smoothed < _PAYS:
+                while not ready and time_now - started < _LOOK:
+                    ready = poll(0)
+                    time_now = now()
             if ready:
+                smoothed += (time_now - started - smoothed) >> _SMOOTHING
                 if time_now < turn_ends:
                     return True
                 await trio.lowlevel.checkpoint()
-            elif not await original():
-                return False
-            turn_ends = now() + _TURN
+            else:
+                if not await original():
+                    return False
+                time_now = now()
+                waited = min(max(0, time_now - started - _WAKING), _LONGEST)
+                smoothed += (waited - smoothed) >> _SMOOTHING
+            turn_ends = time_now + _TURN
             if poll(0):
                 return True
 

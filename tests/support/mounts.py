@@ -1,7 +1,7 @@
-"""Real mounts for tests, each served by a process of its own, over an image in a plain file.
+"""Real mounts for tests, each served by a process of its own: of an image in a plain file, or of an artifact.
 
 `FileVolume` stands where a decrypted volume stands; the mount cannot tell. Run as a module, this is the program that
-mounts one.
+mounts either.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import threading
@@ -17,10 +19,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
+from encfs.artifact import Artifact, open_artifact
 from encfs.errors import EncfsError, IntegrityError
-from encfs.mount import MountOptions, MountStatus, mount, umount
-from encfs.mount.mountpoint import top_mount
+from encfs.keys.providers import provider_from_uri
+from encfs.mount import MountOptions, MountStatus, mount, mounts, umount
+from encfs.mount.mountpoint import top_mount, unmount
 from encfs.mount.runtime import ENVIRONMENT_VARIABLE
+from encfs.oci.layout import Layout
+from encfs.trust import TrustPolicy
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 #: Seconds for any one command.
@@ -121,14 +129,71 @@ def start_mount(image: Path, mountpoint: Path, runtime: Path, *options: str) -> 
 
 @contextmanager
 def mounted(image: Path, mountpoint: Path, runtime: Path, *options: str) -> Iterator[MountStatus]:
-    """A mount in the background, unmounted at the end if it is still there."""
+    """A mount in the background. It must end without its runtime directory keeping anything."""
     mountpoint.mkdir(exist_ok=True)
     status = start_mount(image, mountpoint, runtime, *options)
     try:
         yield status
     finally:
-        if top_mount(str(mountpoint)) is not None:
-            umount(mountpoint, force=True)
+        detach_all(mountpoint)
+        end(status.pid)
+
+
+@contextmanager
+def runtime_directory(path: Path) -> Iterator[None]:
+    """Have this process look for daemons there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(ENVIRONMENT_VARIABLE, str(path))
+        yield
+
+
+def known_mounts(runtime: Path) -> list[MountStatus]:
+    """What `mounts()` says of this runtime directory. Mounts of other tests are seen in /proc, and left out."""
+    with runtime_directory(runtime):
+        return [status for status in mounts() if status.state != "foreign"]
+
+
+def end_mount(
+    runtime: Path, mountpoint: Path, *, timeout: float = 10.0, lazy: bool = False, force: bool = False
+) -> None:
+    """`umount()` with this runtime directory."""
+    with runtime_directory(runtime):
+        umount(mountpoint, timeout=timeout, lazy=lazy, force=force)
+
+
+def detach_all(mountpoint: Path) -> None:
+    """Whatever a test left mounted there."""
+    while top_mount(str(mountpoint)) is not None:
+        unmount(str(mountpoint), lazy=True)
+
+
+def end(pid: int) -> None:
+    """Make sure that a daemon is gone: it has some seconds after its mount is, then it is killed."""
+    if not wait_for_end(pid):
+        os.kill(pid, signal.SIGKILL)
+        raise AssertionError(f"the daemon {pid} did not end with its mount")
+
+
+def wait_for_end(pid: int, seconds: float = 10.0) -> bool:
+    """Whether a process has ended within the time."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([descriptor], [], [], seconds)[0])
+    finally:
+        os.close(descriptor)
+
+
+def is_mounted(mountpoint: Path) -> bool:
+    return top_mount(str(mountpoint)) is not None
+
+
+def _open(layout: Path, key: Path) -> Artifact:
+    return open_artifact(
+        Layout(str(layout)), keys=[provider_from_uri(f"file:{key}")], trust=TrustPolicy(allow_unsigned=True)
+    )
 
 
 def _ranges(text: str) -> tuple[int, int]:
@@ -141,6 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("image", type=Path)
     parser.add_argument("mountpoint", type=Path)
+    parser.add_argument("--key", type=Path, help="the image is a layout, and this opens the artifact in it")
     parser.add_argument("--broken", type=_ranges, action="append", default=[])
     parser.add_argument("--crashing", type=_ranges, action="append", default=[])
     parser.add_argument("--cold", action="store_true")
@@ -158,8 +224,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.setresgid(chosen.user, chosen.user, chosen.user)
         os.setresuid(chosen.user, chosen.user, chosen.user)
     try:
+        artifact = _open(chosen.image, chosen.key) if chosen.key else None
         mount(
-            FileVolume(chosen.image, tuple(chosen.broken), tuple(chosen.crashing), chosen.cold),
+            artifact.volumes[0]
+            if artifact
+            else FileVolume(chosen.image, tuple(chosen.broken), tuple(chosen.crashing), chosen.cold),
             chosen.mountpoint,
             MountOptions(
                 foreground=chosen.foreground,
@@ -170,7 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 log_file=chosen.log_file,
             ),
             reference=f"path:{chosen.image}",
-            content_digest="sha256:" + "0" * 64,
+            content_digest=artifact.content_digest if artifact else "sha256:" + "0" * 64,
+            owner=artifact,
             on_ready=lambda status: print(json.dumps(status.to_json()), flush=True),  # noqa: T201 - its output
             ready_timeout=chosen.ready_timeout,
         )
