@@ -23,6 +23,7 @@ from encfs.errors import (
     UsageError,
     WrongKeyError,
 )
+from encfs.keys import keyring as keyring_module
 from encfs.keys.jwk import HPKE_ALGORITHM, KeyKind, PrivateKey, PublicKey
 from encfs.keys.jwkjson import private_jwk, public_jwk
 from encfs.keys.keyring import MAX_KEYRING_SIZE, create_keyring, parse_keyring
@@ -33,7 +34,7 @@ from encfs.keys.recipients import (
     unwrap_with_key,
     unwrap_with_passphrase,
 )
-from encfs.keys.secrets import Passphrase, SymmetricKey
+from encfs.keys.secrets import Passphrase, SymmetricKey, wipe
 from tests.support.jose import JWE, JWK
 from tests.support.keys import DIGEST, ENCRYPTING, OTHER_DIGEST, key, private, public, recipient
 
@@ -507,6 +508,36 @@ def test_a_key_that_opens_nothing_is_wiped() -> None:
     with pytest.raises(IntegrityError, match="payload is not what was sealed"):
         keyring.open([Giving(wrong)])
     assert (short, wrong) == (bytearray(16), bytearray(32))
+
+
+def test_a_content_key_of_another_size_is_no_content_key() -> None:
+    """RSA-OAEP unwraps whatever was wrapped."""
+    entries = [
+        Recipient(index, "RSA-OAEP-256", None, public("rsa3072").encrypt_oaep(bytes(size)))
+        for index, size in enumerate((0, 16, 31, 33))
+    ]
+    with pytest.raises(WrongKeyError, match=r"opens none of the rsa recipients \(tried 0, 1, 2, 3\)"):
+        unwrap_with_key(private("rsa3072"), entries, DIGEST, "it")
+    good = Recipient(4, "RSA-OAEP-256", None, public("rsa3072").encrypt_oaep(bytes(range(32))))
+    assert unwrap_with_key(private("rsa3072"), [*entries, good], DIGEST, "it") == bytes(range(32))
+
+
+def test_unverified_plaintext_is_wiped(monkeypatch: pytest.MonkeyPatch) -> None:
+    altered = members(create_keyring(PAYLOAD, DIGEST, [recipient("p256")]))
+    altered["tag"] = b64url_encode(bytes(16))
+    wiped: list[tuple[bytearray, bytes]] = []
+
+    def record(buffer: bytearray) -> None:
+        wiped.append((buffer, bytes(buffer)))
+        wipe(buffer)
+
+    monkeypatch.setattr(keyring_module, "wipe", record)
+    with pytest.raises(IntegrityError):
+        parse_keyring(json.dumps(altered).encode(), DIGEST).open([holder("p256")])
+    # Shows also why: the library leaves the plaintext there.
+    assert PAYLOAD in [before for _, before in wiped]
+    assert all(not any(buffer) for buffer, _ in wiped)
+    assert sorted(len(buffer) for buffer, _ in wiped) == sorted([len(PAYLOAD), 32])
 
 
 def test_post_quantum_beside_others() -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import stat
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -270,6 +271,19 @@ def test_a_pipe_is_a_key_file() -> None:
         os.close(reader)
     assert isinstance(loaded, PrivateKey)
     assert loaded.public == public("x25519")
+
+
+def test_a_named_pipe_is_not_judged_by_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    path.chmod(0o644)
+    writer = threading.Thread(target=path.write_bytes, args=[private_pem("x25519")])
+    writer.start()
+    try:
+        loaded = load_decryption_key(path)
+    finally:
+        writer.join()
+    assert loaded.kid == public("x25519").kid
 
 
 def test_unreadable(tmp_path: Path) -> None:

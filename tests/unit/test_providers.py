@@ -24,11 +24,15 @@ from encfs.errors import (
     StorageError,
     WrongKeyError,
 )
+from encfs.keys.files import load_decryption_key
+from encfs.keys.jwk import PrivateKey
 from encfs.keys.jwkjson import private_jwk, public_jwk
 from encfs.keys.keyring import Keyring, create_keyring, parse_keyring
 from encfs.keys.providers import KeyProvider, known_schemes, provider_from_uri
+from encfs.keys.providers import file as file_module
 from encfs.keys.providers import passphrase as passphrase_module
-from encfs.keys.providers.passphrase import read_passphrase
+from encfs.keys.providers.env import EnvProvider
+from encfs.keys.providers.passphrase import PassphraseProvider, read_passphrase
 from encfs.keys.secrets import Passphrase, SymmetricKey, parse_passphrase
 from tests.support.keys import DIGEST, key, private, public, recipient
 from tests.unit.test_keys_files import private_pem, secret_file
@@ -172,6 +176,23 @@ def test_file_that_does_not_fit(tmp_path: Path) -> None:
     assert keyring.open([missing, provider_from_uri(str(right))]) == PAYLOAD
 
 
+def test_symmetric_key_of_a_file_is_wiped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = secret_file(tmp_path / "key", json.dumps(private_jwk(key("oct"))).encode())
+    loaded: list[SymmetricKey] = []
+
+    def load(name: str) -> PrivateKey | SymmetricKey:
+        found = load_decryption_key(name)
+        assert isinstance(found, SymmetricKey)
+        loaded.append(found)
+        return found
+
+    monkeypatch.setattr(file_module, "load_decryption_key", load)
+    assert keyring_for("oct").open([provider_from_uri(str(path))]) == PAYLOAD
+    with pytest.raises(WrongKeyError):
+        keyring_for("p256").open([provider_from_uri(str(path))])
+    assert [found.secret for found in loaded] == [bytearray(32)] * 2
+
+
 # --- env -------------------------------------------------------------------------------------------------------------
 
 
@@ -204,11 +225,15 @@ def test_env(monkeypatch: pytest.MonkeyPatch, kind: str, value: Callable[[], str
         keyring_for(kind).open([provider])
 
 
-def test_closing_env_does_not_touch_other_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_env_wipes_its_own_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENCFS_TEST_KEY", base64.b64encode(_oct().secret).decode())
-    provider = provider_from_uri("env:ENCFS_TEST_KEY")
+    provider = EnvProvider("ENCFS_TEST_KEY")
     assert keyring_for("oct").open([provider]) == PAYLOAD
+    held = provider._key
+    assert isinstance(held, SymmetricKey)
+    assert held.secret == _oct().secret
     provider.close()
+    assert held.secret == bytes(32)
     assert _oct().secret != bytes(32)
 
 
@@ -292,11 +317,14 @@ def test_passphrase_file_that_others_can_read(tmp_path: Path) -> None:
 
 def test_passphrase_file_opens(tmp_path: Path, locked: Keyring) -> None:
     path = secret_file(tmp_path / "secret", SECRET.encode() + b"\n")
-    provider = provider_from_uri(f"passphrase:file={path}")
+    provider = PassphraseProvider(f"file={path}")
     assert locked.open([provider]) == PAYLOAD
     path.unlink()
     assert locked.open([provider]) == PAYLOAD, "read once, kept until close"
+    held = provider._passphrase
+    assert held is not None
     provider.close()
+    assert held.secret == bytes(len(SECRET))
     with pytest.raises(NotFoundError):
         locked.open([provider])
 
@@ -347,6 +375,19 @@ def test_passphrase_command_that_fails(rest: str, kind: type[EncfsError], reason
     with pytest.raises(kind, match=reason) as caught:
         read(rest)
     assert "hunter" not in str(caught.value)
+
+
+def test_passphrase_command_does_not_get_our_input() -> None:
+    program = (
+        "from encfs.errors import KeyFileError\n"
+        "from encfs.keys.providers.passphrase import read_passphrase\n"
+        "try:\n    read_passphrase('command=cat')\n"
+        "except KeyFileError as error:\n    print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], input="hunter2\n", capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "the passphrase command's output is an empty passphrase\n"
 
 
 def test_passphrase_command_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
