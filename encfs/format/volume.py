@@ -14,6 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from encfs.errors import EncfsError, FormatError, IntegrityError
 from encfs.format.descriptor import VolumeDescriptor
@@ -46,9 +47,8 @@ class _NotAtHandError(Exception):
     """A byte is neither in a cache nor readable without waiting. Never leaves this module."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Consecutive frames that lie side by side in one segment."""
+class _Run(NamedTuple):
+    """Consecutive frames that lie side by side in one segment. A tuple: one is made for every small read."""
 
     segment: int
     offset: int
@@ -98,7 +98,8 @@ class VolumeReader:
         index, start = divmod(offset, self.frame_size)
         if 0 < size <= self.frame_size - start:
             view = self._frame(index, wait=True)[start : start + size]
-            self._count(bytes_read=size)
+            with self._lock:
+                self.stats.bytes_read += size
             return view
         buffer = memoryview(bytearray(size))
         self.read_into(offset, buffer)
@@ -144,11 +145,6 @@ class VolumeReader:
             raise ValueError("offset and size of a read are not negative")
         return max(0, min(size, self.size - offset))
 
-    def _count(self, **amounts: int) -> None:
-        with self._lock:
-            for name, amount in amounts.items():
-                setattr(self.stats, name, getattr(self.stats, name) + amount)
-
     def _fill(self, offset: int, buffer: memoryview, *, wait: bool) -> None:
         if not buffer:
             return
@@ -167,7 +163,8 @@ class VolumeReader:
             index = stop
         if position < end:
             self._copy_part(index, 0, buffer[position - offset :], wait=wait)
-        self._count(bytes_read=len(buffer))
+        with self._lock:
+            self.stats.bytes_read += len(buffer)
 
     def _copy_part(self, index: int, start: int, buffer: memoryview, *, wait: bool) -> int:
         part = self._frame(index, wait=wait)[start : start + len(buffer)]
@@ -249,7 +246,9 @@ class VolumeReader:
             self._open_frame(index, location, frame, buffer[position : position + length], wait=wait)
             start += location.stored
             position += length
-        self._count(frames_verified=len(run.locations), bytes_fetched=run.size)
+        with self._lock:
+            self.stats.frames_verified += len(run.locations)
+            self.stats.bytes_fetched += run.size
         return position
 
     def _open_frame(
@@ -280,5 +279,6 @@ class VolumeReader:
 
     def _failed(self, index: int, error: EncfsError) -> EncfsError:
         """The same error, naming volume and frame; counted."""
-        self._count(failures=1)
+        with self._lock:
+            self.stats.failures += 1
         return type(error)(f"{self.label}: frame {index}: {error.message}", hint=error.hint)
