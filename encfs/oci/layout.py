@@ -20,6 +20,7 @@ from pathlib import Path
 from encfs.encoding import parse_digest, sha256_digest
 from encfs.errors import (
     ConflictError,
+    EncfsError,
     FormatError,
     IntegrityError,
     NotFoundError,
@@ -335,10 +336,23 @@ class Layout:
     ) -> Descriptor:
         """Write a manifest, then let the tag name it. Other tags stay.
 
+        On failure the manifest is taken back, unless it was there before or the index has come to name it.
+
         Raises: UsageError where the tag is none, FormatError where the index is damaged, ConflictError, StorageError.
         """
         if tag:
             check_layout_tag(tag)
+        manifest = Descriptor(media_type, sha256_digest(content), len(content))
+        known = self.has_blob(manifest)
+        try:
+            return self._put_manifest(content, media_type, tag, artifact_type)
+        except BaseException:
+            with contextlib.suppress(EncfsError):
+                if not known and all(item.digest != manifest.digest for item in map(_parse_entry, self._entries())):
+                    self.remove_blob(manifest)
+            raise
+
+    def _put_manifest(self, content: bytes, media_type: str, tag: str | None, artifact_type: str | None) -> Descriptor:
         blob = self.write_blob(content, media_type)
         entry: dict[str, object] = {"mediaType": media_type, "digest": blob.digest, "size": blob.size}
         if artifact_type:
@@ -397,11 +411,16 @@ class Layout:
             # One temporary name is enough under the lock, and what a crash leaves there is written over.
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
             file = os.open(_NEW_INDEX_FILE, flags, 0o644, dir_fd=self._root)
-            with os.fdopen(file, "wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(file)
-            os.rename(_NEW_INDEX_FILE, _INDEX_FILE, src_dir_fd=self._root, dst_dir_fd=self._root)
+            try:
+                with os.fdopen(file, "wb") as stream:
+                    stream.write(content)
+                    stream.flush()
+                    os.fsync(file)
+                os.rename(_NEW_INDEX_FILE, _INDEX_FILE, src_dir_fd=self._root, dst_dir_fd=self._root)
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):  # it may have its new name already
+                    os.unlink(_NEW_INDEX_FILE, dir_fd=self._root)
+                raise
             os.fsync(self._root)
 
     def close(self) -> None:

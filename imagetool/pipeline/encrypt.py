@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from encfs.signatures import sign
-
+from encfs.encoding import sha256_digest
 from encfs.erofs.writer import ErofsWriter
-from encfs.errors import MissingKeyError, StorageError, UsageError
+from encfs.errors import EncfsError, MissingKeyError, StorageError, UsageError
 from encfs.format.descriptor import (
     ARTIFACT_TYPE,
     CONTENT_TYPE,
@@ -32,11 +33,14 @@ from encfs.keys.payload import build_payload, commitment
 from encfs.keys.recipients import RecipientKey
 from encfs.oci.blobs import BlobSink, BlobWriter, Buffer, Descriptor
 from encfs.progress import Progress
+from encfs.signatures import sign
 from encfs.strictjson import MAX_INTEGER
 from imagetool.sources.directory import SourceOptions, add_source, measure_source
 
 #: The image's UUID: constant, since it is stored in a volume that has a random id of its own.
 _IMAGE_UUID = bytes(16)
+#: The last second of the year 9999, which RFC 3339 can still write.
+_LATEST_EPOCH = 253402300799
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,7 @@ def encrypt(
         keyring = tracked.write_blob(create_keyring(payload, content.digest, recipients), KEYRING_TYPE)
         tracked.write_blob(content.content, CONTENT_TYPE)
         signatures = [tracked.write_blob(sign(content.content, key), SIGNATURE_TYPE) for key in signers]
-        manifest = sink.put_manifest(
+        manifest = tracked.put_manifest(
             build_manifest(content, keyring, signatures), MANIFEST_TYPE, tag=tag, artifact_type=ARTIFACT_TYPE
         )
     except BaseException:
@@ -118,7 +122,7 @@ def source_date_epoch() -> int | None:
     value = os.environ.get("SOURCE_DATE_EPOCH")
     if value is None:
         return None
-    if not value.isascii() or not value.isdigit() or int(value) > 253402300799:
+    if not re.fullmatch(r"[0-9]{1,12}", value) or int(value) > _LATEST_EPOCH:
         raise UsageError("SOURCE_DATE_EPOCH is not a number of seconds since 1970")
     return int(value)
 
@@ -141,8 +145,6 @@ def _write_volume(
     source: Path, sink: BlobSink, options: EncryptOptions, epoch: int | None, progress: Progress
 ) -> tuple[WrittenVolume, int, int]:
     exclude = SourceOptions(options.exclude, epoch)
-    if not source.exists():
-        raise UsageError(f"{source} does not exist", hint="give an existing directory or file")
     progress.begin("encrypt", measure_source(source, exclude))
     writer = VolumeWriter(sink, options.volume)
     try:
@@ -162,6 +164,7 @@ class _TrackedSink:
     def __init__(self, sink: BlobSink) -> None:
         self._sink = sink
         self._blobs: list[Descriptor] = []
+        self._manifest: Descriptor | None = None
 
     @property
     def size(self) -> int:
@@ -172,9 +175,9 @@ class _TrackedSink:
         return _TrackedWriter(self._sink.create_blob(), self._blobs)
 
     def write_blob(self, content: bytes, media_type: str) -> Descriptor:
-        blob = self._sink.write_blob(content, media_type)
-        self._blobs.append(blob)
-        return blob
+        # Noted first: an interrupt may come when it is written, but before its descriptor is here.
+        self._blobs.append(Descriptor(media_type, sha256_digest(content), len(content)))
+        return self._sink.write_blob(content, media_type)
 
     def has_blob(self, descriptor: Descriptor) -> bool:
         return self._sink.has_blob(descriptor)
@@ -185,15 +188,25 @@ class _TrackedSink:
     def put_manifest(
         self, content: bytes, media_type: str, *, tag: str | None = None, artifact_type: str | None = None
     ) -> Descriptor:
+        self._manifest = Descriptor(media_type, sha256_digest(content), len(content))
         return self._sink.put_manifest(content, media_type, tag=tag, artifact_type=artifact_type)
 
     def close(self) -> None:
         self._sink.close()
 
     def take_back(self) -> None:
-        """Every blob is of this encryption alone: its keys are fresh."""
+        """Remove every blob, as far as the sink can: all are of this encryption alone, since its keys are fresh.
+
+        Where the manifest has come to be there all the same, as it may when an interrupt comes at the very end, they
+        stay: without them the tag would name an artifact that is not whole.
+        """
+        with contextlib.suppress(EncfsError):
+            if self._manifest is not None and self._sink.has_blob(self._manifest):
+                return
         for blob in self._blobs:
-            self._sink.remove_blob(blob)
+            # Why the encryption failed is what the caller has to hear.
+            with contextlib.suppress(EncfsError):
+                self._sink.remove_blob(blob)
 
 
 class _TrackedWriter:

@@ -23,6 +23,7 @@ Advance = Callable[[int], None]
 _ROOT_MODE = stat.S_IFDIR | 0o755
 #: Files at least this large are announced to the kernel as read from front to back.
 _LARGE_FILE = 1 << 20
+_NO_SUCH_PATH = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +40,7 @@ def add_source(source: Path, writer: ErofsWriter, options: SourceOptions, advanc
 
     Raises: NotFoundError, SourceError naming the path; what the writer's sink raises.
     """
-    try:
-        status = os.stat(source)
-    except OSError as error:
-        raise NotFoundError(f"{source}: {error.strerror}", hint="give an existing directory or file") from None
+    status = _stat_source(source)
     adder = _Adder(writer, options, advance)
     if stat.S_ISDIR(status.st_mode):
         adder.add_tree(os.fsencode(source))
@@ -53,9 +51,13 @@ def add_source(source: Path, writer: ErofsWriter, options: SourceOptions, advanc
 
 
 def measure_source(source: Path, options: SourceOptions) -> int:
-    """Bytes of regular files in a source, for a progress bar's total: hard links once, holes not counted."""
-    if not source.is_dir():
-        return _allocated(os.stat(source))
+    """Bytes of regular files in a source, for a progress bar's total: hard links once, holes not counted.
+
+    Raises: NotFoundError, SourceError naming the path.
+    """
+    top = _stat_source(source)
+    if not stat.S_ISDIR(top.st_mode):
+        return _allocated(top)
     total = 0
     linked: set[tuple[int, int]] = set()
     for _, status in _walk(os.fsencode(source), options.exclude):
@@ -66,6 +68,17 @@ def measure_source(source: Path, options: SourceOptions) -> int:
             if status.st_nlink > 1:
                 linked.add(identity)
     return total
+
+
+def _stat_source(source: Path) -> os.stat_result:
+    try:
+        return os.stat(source)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        if isinstance(error, OSError) and error.errno not in _NO_SUCH_PATH:
+            raise _unreadable(os.fsencode(source), error) from None
+        reason = error.strerror if isinstance(error, OSError) else "no valid path"
+        shown = _shown(os.fsencode(source))
+        raise NotFoundError(f"{shown}: {reason}", hint="give an existing directory or file") from None
 
 
 def _allocated(status: os.stat_result) -> int:
@@ -149,13 +162,14 @@ class _Adder:
             raise _unreadable(full, error) from None
 
     def _add_file(self, full: bytes, entry: Entry, status: os.stat_result) -> None:
-        descriptor = os.open(full, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        # O_NONBLOCK: should it have become a pipe by now, nobody waits for a writer.
+        descriptor = os.open(full, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             _check_unchanged(full, status, os.fstat(descriptor))
             if entry.size >= _LARGE_FILE:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             extents = _data_extents(descriptor, status)
-            self._writer.add(entry, _ExtentReader(descriptor, extents, self._advance), extents)
+            self._writer.add(entry, _ExtentReader(full, descriptor, extents, self._advance), extents)
             _check_unchanged(full, status, os.fstat(descriptor))
         finally:
             os.close(descriptor)
@@ -164,7 +178,8 @@ class _Adder:
 class _ExtentReader:
     """The bytes of a file's data extents, one after the other (`encfs.erofs.writer.DataSource`)."""
 
-    def __init__(self, descriptor: int, extents: Sequence[tuple[int, int]], advance: Advance) -> None:
+    def __init__(self, full: bytes, descriptor: int, extents: Sequence[tuple[int, int]], advance: Advance) -> None:
+        self._full = full
         self._descriptor = descriptor
         self._extents = iter(extents)
         self._offset = self._left = 0
@@ -177,6 +192,8 @@ class _ExtentReader:
                 return 0
             self._offset, self._left = extent
         size = os.preadv(self._descriptor, [buffer[: self._left]], self._offset)
+        if size == 0:
+            raise _changed(self._full)
         self._offset += size
         self._left -= size
         self._advance(size)
@@ -218,7 +235,11 @@ def _check_unchanged(full: bytes, before: os.stat_result, now: os.stat_result) -
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
     if state(before) != state(now):
-        raise SourceError(f"{_shown(full)} changed while it was being read", hint="try again when nothing writes to it")
+        raise _changed(full)
+
+
+def _changed(full: bytes) -> SourceError:
+    return SourceError(f"{_shown(full)} changed while it was being read", hint="try again when nothing writes to it")
 
 
 def _unreadable(full: bytes, error: OSError) -> SourceError:
