@@ -258,6 +258,11 @@ class FileWriter:
                 hashing.result()
         self.position += len(view)
 
+    def read_back(self, offset: int, size: int) -> bytes:
+        """Bytes that were written, fewer only at the end. Raises: StorageError."""
+        with storage_errors(self._name):
+            return os.pread(self._file, size, offset)
+
     def hexdigest(self) -> str:
         """SHA-256 of everything written, in hexadecimal."""
         return self._digest.hexdigest()
