@@ -42,8 +42,8 @@ class TrustPolicy:
     `pin` is a content digest (`sha256:<64 lower-case hex>`), `keys` the public keys of trusted signers, `artifact_id`
     the expected `id`, `min_version` the lowest accepted `version` (inclusive).
 
-    Raises: UsageError for a malformed pin or floor and for combinations that rule 3 forbids; KeyFileError for a key that
-    does not verify signatures.
+    Raises: UsageError for a malformed pin or floor and for combinations that rule 3 forbids; KeyFileError for a key
+    that does not verify signatures.
     """
 
     pin: str | None = None

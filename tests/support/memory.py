@@ -1,4 +1,4 @@
-"""A store in memory, for tests that change single bytes thousands of times. Layouts and registries have tests of their own."""
+"""A store in memory, for tests that change single bytes thousands of times. Real stores have tests of their own."""
 
 from __future__ import annotations
 
