@@ -1,7 +1,8 @@
 """The one exception tree of both packages, with the exit code of each branch.
 
 Every error a user can cause or meet is an `EncfsError`: its message is one line that names what is wrong, its `hint`
-the next step, its `exit_code` what a command exits with (`docs/cli.md` lists them). Anything else that escapes is a bug.
+the next step, its `exit_code` what a command exits with (`docs/cli.md` lists them). Anything else that escapes is a
+bug.
 
     EncfsError                      1
     |- UsageError                   2   an option or argument is wrong
