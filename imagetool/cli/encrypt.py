@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from encfs.commandline import size_option
-from encfs.errors import NotFoundError
+from encfs.errors import FormatError, NotFoundError, UsageError
 from encfs.terminal import Terminal
 from encfs.units import format_duration, format_size
 
@@ -90,7 +90,7 @@ def command(
     ] = None,
 ) -> None:
     """Encrypt a directory or file into an OCI artifact. The tag moves last: nobody ever sees half an artifact."""
-    from encfs.format.frames import DEFAULT_FRAME_SIZE
+    from encfs.format.frames import DEFAULT_FRAME_SIZE, check_frame_size
     from encfs.format.suite import suite_by_hash
     from encfs.format.writer import DEFAULT_SEGMENT_SIZE, VolumeOptions
     from encfs.keys.files import load_signing_key
@@ -99,6 +99,11 @@ def command(
     from imagetool.pipeline.encrypt import EncryptOptions, encrypt
 
     reference = parse_reference(destination)
+    if frame_size is not None:
+        try:
+            check_frame_size(frame_size)
+        except FormatError as error:
+            raise UsageError(f"--frame-size: {error.message}") from None
     options = EncryptOptions(
         artifact_id=artifact_id,
         version=version,
