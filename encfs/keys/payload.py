@@ -86,9 +86,13 @@ def parse_payload(content: bytes | bytearray, expected_commitment: bytes) -> Pay
     known: set[str] = {"format", "random", "volumes", "image_config"}
     if document.get("format") != _FORMAT or not isinstance(volumes, list) or not document.keys() <= known:
         raise FormatError("the secret payload is malformed", hint="use a newer version of encfs")
+    if len(b64url_decode(document.get("random"), "the secret payload's random")) != _RANDOM_SIZE:
+        raise FormatError(f"the secret payload's random is not of {_RANDOM_SIZE} bytes")
+    secrets_by_volume = tuple(_volume_secret(item) for item in volumes)
+    if len({volume.id for volume in secrets_by_volume}) != len(secrets_by_volume):
+        raise FormatError("the secret payload repeats a volume")
     return Payload(
-        tuple(_volume_secret(item) for item in volumes),
-        None if config is None else b64_decode(config, "the secret payload's image_config"),
+        secrets_by_volume, None if config is None else b64_decode(config, "the secret payload's image_config")
     )
 
 
