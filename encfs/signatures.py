@@ -19,11 +19,12 @@ import rfc8785
 
 from encfs.encoding import b64_decode, b64_encode
 from encfs.errors import FormatError, MissingKeyError, UnsignedError, WrongSignerError
+from encfs.format.descriptor import CONTENT_TYPE
 from encfs.keys.jwk import PrivateKey, PublicKey, Use
 from encfs.strictjson import loads_object, show_name
 
-MEDIA_TYPE = "application/vnd.encfs.signature.v1+json"
-PAYLOAD_TYPE = "application/vnd.encfs.content.v1+json"
+#: What is signed is the config blob, under its own media type.
+PAYLOAD_TYPE = CONTENT_TYPE
 
 #: Most envelopes of an artifact, and most signatures in one envelope.
 MAX_ENVELOPES = 16

@@ -41,8 +41,6 @@ from encfs.keys.recipients import CEK_SIZE, PBES2, Recipient, RecipientKey
 from encfs.keys.secrets import Passphrase, SymmetricKey, wipe
 from encfs.strictjson import loads_object, show_name
 
-MEDIA_TYPE = "application/vnd.encfs.keyring.v1+json"
-
 #: Largest keyring (bytes), most recipients, and how many of them may be passphrases: each takes a reader up to half a
 #: second to try.
 MAX_KEYRING_SIZE = 1 << 20
@@ -138,7 +136,8 @@ class Keyring:
         reasons = "; ".join(failure.message for failure in failures)
         kinds = Counter(recipient.kind for recipient in self.recipients)
         present = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
-        return type(first)(f"no key opens the keyring (recipients: {present}): {reasons}", hint=first.hint)
+        hint = first.hint or "use the key of one of the recipients, or have yours added: imagetool recipients add"
+        return type(first)(f"no key opens the keyring (recipients: {present}): {reasons}", hint=hint)
 
     def _decrypt(self, cek: bytearray) -> bytearray:
         payload = bytearray(len(self._ciphertext))

@@ -70,7 +70,7 @@ def test_signature_of_the_dsse_protocol() -> None:
 def test_round_trip(kind: str) -> None:
     envelope = sign(CONTENT, private(kind))
     parsed = members(envelope)
-    assert parsed["payloadType"] == PAYLOAD_TYPE
+    assert parsed["payloadType"] == PAYLOAD_TYPE == "application/vnd.encfs.content.v1+json"
     assert base64.b64decode(str(parsed["payload"])) == CONTENT
     assert parsed["signatures"] == [{"keyid": public(kind).kid, "sig": parsed["signatures"][0]["sig"]}]  # type: ignore[index]
     verified = verify([envelope], CONTENT, [public(kind)])
