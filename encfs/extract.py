@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from encfs.erofs.reader import ErofsReader, Inode
+from encfs.erofs.structures import printable
 from encfs.erofs.walk import WalkBounds
 from encfs.errors import ConflictError, NotFoundError, StorageError
 from encfs.format.readahead import MAX_WINDOW, ReadAhead, Stream
@@ -75,7 +76,7 @@ def _storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{path}: {error.strerror or error}") from None
+        raise StorageError(f"{printable(os.fsencode(path))}: {error.strerror or error}") from None
 
 
 def _replace(directory: int, name: bytes) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from encfs.erofs.structures import printable
 from encfs.erofs.writer import Entry, ErofsWriter
 from encfs.errors import NotFoundError, SourceError
 
@@ -77,7 +78,7 @@ def _stat_source(source: Path) -> os.stat_result:
         if isinstance(error, OSError) and error.errno not in _NO_SUCH_PATH:
             raise _unreadable(os.fsencode(source), error) from None
         reason = error.strerror if isinstance(error, OSError) else "no valid path"
-        shown = _shown(os.fsencode(source))
+        shown = printable(os.fsencode(source))
         raise NotFoundError(f"{shown}: {reason}", hint="give an existing directory or file") from None
 
 
@@ -129,7 +130,8 @@ class _Adder:
     def add_single_file(self, full: bytes, status: os.stat_result) -> None:
         mtime = self._mtime(status)
         self._writer.add(Entry(b"", _ROOT_MODE, uid=status.st_uid, gid=status.st_gid, mtime_ns=mtime))
-        self._add(full, os.path.basename(full), status)
+        # A link to the file (model caches are full of them) stands for the file, under the link's name.
+        self._add(os.path.realpath(full), os.path.basename(full), status)
 
     def _mtime(self, status: os.stat_result) -> int:
         latest = self._options.latest_mtime
@@ -239,13 +241,9 @@ def _check_unchanged(full: bytes, before: os.stat_result, now: os.stat_result) -
 
 
 def _changed(full: bytes) -> SourceError:
-    return SourceError(f"{_shown(full)} changed while it was being read", hint="try again when nothing writes to it")
+    return SourceError(f"{printable(full)} changed while it was being read", hint="try again when nothing writes to it")
 
 
 def _unreadable(full: bytes, error: OSError) -> SourceError:
     hint = "run as a user who may read it, or leave it out with --exclude" if error.errno == errno.EACCES else None
-    return SourceError(f"{_shown(full)}: {error.strerror}", hint=hint)
-
-
-def _shown(path: bytes) -> str:
-    return path.decode("utf-8", "backslashreplace")
+    return SourceError(f"{printable(full)}: {error.strerror}", hint=hint)
