@@ -97,7 +97,7 @@ def _background(plan: MountPlan, owner: Closeable, report: Report) -> int:
                 _run(plan, lambda status: report.ready(status.to_json()))
             except EncfsError as error:
                 log.error("%s", error)  # noqa: TRY400 - foreseen: the line says it all
-                raise
+                report.failed(error)
             except Exception:
                 log.exception("the daemon failed")
                 report.failed(MountError("the daemon failed to start", hint=f"the reason is in {plan.log_file}"))

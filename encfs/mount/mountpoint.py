@@ -13,6 +13,7 @@ import re
 import shutil
 import stat
 import subprocess
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,8 @@ _ESCAPE = re.compile(r"\\([0-7]{3})")
 _MAX_STACKED = 16
 #: Seconds that fusermount3 may take.
 _FUSERMOUNT_TIMEOUT = 30
+#: Seconds that a mount gets to answer whether it is alive.
+_PATIENCE = 5.0
 #: umount2(2).
 _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
@@ -91,12 +94,22 @@ def absolute(mountpoint: str | os.PathLike[str]) -> str:
 
 
 def is_dead(mountpoint: str) -> bool:
-    """Whether the mount's daemon is gone: the kernel answers ENOTCONN for it."""
-    try:
-        os.stat(mountpoint)
-    except OSError as error:
-        return error.errno == errno.ENOTCONN
-    return False
+    """Whether the daemon of the mount is gone: then the kernel answers ENOTCONN to what it has no answer to itself.
+
+    A daemon that is there and does not answer is not dead, and not waited for beyond some seconds.
+    """
+    found: list[int | None] = []
+
+    def ask() -> None:
+        try:
+            os.statvfs(mountpoint)
+        except OSError as error:
+            found.append(error.errno)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_PATIENCE)
+    return found == [errno.ENOTCONN]
 
 
 def prepare(mountpoint: str) -> None:
@@ -105,13 +118,12 @@ def prepare(mountpoint: str) -> None:
     Raises: MountError.
     """
     for _ in range(_MAX_STACKED):
-        if not is_dead(mountpoint):
-            break
         mount = top_mount(mountpoint)
-        if mount is None or mount.filesystem_type != FILESYSTEM_TYPE:
-            kind = mount.filesystem_type if mount else "unknown type"
+        if mount is None or not mount.filesystem_type.startswith("fuse") or not is_dead(mountpoint):
+            break
+        if mount.filesystem_type != FILESYSTEM_TYPE:
             raise MountError(
-                f"{mountpoint} is a dead mount of another filesystem ({kind})",
+                f"{mountpoint} is a dead mount of another filesystem ({mount.filesystem_type})",
                 hint=f"unmount it: umount -l {mountpoint}",
             )
         log.warning("clearing the mount that a killed daemon left at %s", mountpoint)

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,13 +52,14 @@ class FileVolume:
     """A volume that is a plain file.
 
     `broken` are ranges of the image (start, end) whose bytes do not verify; `crashing` are such where reading fails in
-    a way that nobody foresaw; with `cold`, nothing is ever at hand.
+    a way that nobody foresaw; with `cold`, nothing is ever at hand, and contents take `delay` seconds once mounted.
     """
 
     path: Path
     broken: Sequence[tuple[int, int]] = ()
     crashing: Sequence[tuple[int, int]] = ()
     cold: bool = False
+    delay: float = 0.0
     size: int = 0
     stats: FileStats = field(default_factory=FileStats)
     _descriptor: int = -1
@@ -76,6 +78,8 @@ class FileVolume:
         if self.cold:
             with self._lock:
                 self.stats.waits += 1
+            if len(buffer) > 65536:
+                time.sleep(self.delay)
         for start, end in self.broken:
             if offset < end and start < offset + len(buffer):
                 buffer[:] = bytes(len(buffer))
@@ -210,6 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--broken", type=_ranges, action="append", default=[])
     parser.add_argument("--crashing", type=_ranges, action="append", default=[])
     parser.add_argument("--cold", action="store_true")
+    parser.add_argument("--delay", type=float, default=0.0)
     parser.add_argument("--foreground", action="store_true")
     parser.add_argument("--allow-other", action="store_true")
     parser.add_argument("--dev", action="store_true")
@@ -220,6 +225,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ready-timeout", type=float, default=30.0)
     chosen = parser.parse_args(arguments)
     if chosen.user is not None:
+        # The interpreter may be installed where users cannot go: everything is imported before.
+        import encfs.mount.session  # noqa: F401
+
         os.setgroups([])
         os.setresgid(chosen.user, chosen.user, chosen.user)
         os.setresuid(chosen.user, chosen.user, chosen.user)
@@ -228,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         mount(
             artifact.volumes[0]
             if artifact
-            else FileVolume(chosen.image, tuple(chosen.broken), tuple(chosen.crashing), chosen.cold),
+            else FileVolume(chosen.image, tuple(chosen.broken), tuple(chosen.crashing), chosen.cold, chosen.delay),
             chosen.mountpoint,
             MountOptions(
                 foreground=chosen.foreground,
