@@ -60,7 +60,6 @@ def application(program: str, about: str) -> typer.Typer:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     )
-
     app.callback()(_expanded(_options))
     return app
 
@@ -74,8 +73,6 @@ def _show_version(context: typer.Context, value: bool) -> None:
 
 
 def _options(
-    terminal: Terminal,
-    common: CommonOptions,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_show_version)
     ] = False,
@@ -122,6 +119,7 @@ def _expanded(function: Callable[..., None]) -> Callable[..., None]:
     parameters: dict[str, inspect.Parameter] = {}
     groups: dict[str, type[Any]] = {}
     terminals: list[str] = []
+    own: list[str] = []
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
         if parameter.annotation is Terminal:
             terminals.append(parameter.name)
@@ -130,9 +128,8 @@ def _expanded(function: Callable[..., None]) -> Callable[..., None]:
             parameters |= {field.name: field for field in _fields(parameter.annotation)}
         else:
             parameters[parameter.name] = parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-    common = {field.name: field for field in _fields(CommonOptions)}
-    names = [name for name in parameters if name not in common]
-    ordered = [parameters[name] for name in names] + list(common.values())
+            own.append(parameter.name)
+    ordered = [*parameters.values(), *_fields(CommonOptions)]
 
     def invoke(context: typer.Context, **values: Any) -> None:
         terminal: Terminal = context.find_root().obj
@@ -140,7 +137,7 @@ def _expanded(function: Callable[..., None]) -> Callable[..., None]:
             terminal.configure(terminal.settings.merged(_take(CommonOptions, values).settings()))
             arguments: dict[str, Any] = dict.fromkeys(terminals, terminal)
             arguments |= {name: _take(group, values) for name, group in groups.items()}
-            arguments |= {name: values[name] for name in names if not any(name in _names(g) for g in groups.values())}
+            arguments |= {name: values[name] for name in own}
             function(**arguments)
 
     context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
@@ -160,9 +157,5 @@ def _fields(group: type[Any]) -> Iterator[inspect.Parameter]:
         )
 
 
-def _names(group: type[Any]) -> set[str]:
-    return {field.name for field in dataclasses.fields(group)}
-
-
 def _take(group: type[Any], values: dict[str, Any]) -> Any:
-    return group(**{name: values[name] for name in _names(group)})
+    return group(**{field.name: values[field.name] for field in dataclasses.fields(group)})

@@ -18,6 +18,8 @@ def command(terminal: Terminal) -> None:
     from encfs.mount.client import mounts
 
     found = mounts()
+    if not found:
+        terminal.note("nothing is mounted")
     terminal.result({"mounts": [status.to_json() for status in found]}, _lines(found))
 
 
