@@ -311,11 +311,10 @@ sys.exit(run(terminal, call))
 """
 
 
-def _run(call: str, before: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
-    code = _RUN.replace("CALL", call)
-    return subprocess.run(
-        [sys.executable, "-c", code], text=True, capture_output=True, check=False, timeout=60, preexec_fn=before
-    )
+def _run(call: str, shell: str = 'exec "$@"') -> subprocess.CompletedProcess[str]:
+    """Run the program from a shell script, which may prepare something first."""
+    words = ["sh", "-c", shell, "sh", sys.executable, "-c", _RUN.replace("CALL", call)]
+    return subprocess.run(words, text=True, capture_output=True, check=False, timeout=60)
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
@@ -328,10 +327,7 @@ def test_signals_unwind(name: str) -> None:
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
-    def ignore() -> None:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-
-    done = _run(f"os.kill(os.getpid(), {int(signal.SIGHUP)})", before=ignore)
+    done = _run(f"os.kill(os.getpid(), {int(signal.SIGHUP)})", "trap '' HUP; exec \"$@\"")
     assert done.returncode == 0
     assert done.stderr == ""
 
@@ -367,14 +363,14 @@ def test_a_full_disk_behind_standard_output(size: int) -> None:
 
 
 def test_nobody_listens_to_messages() -> None:
-    def close() -> None:
-        os.close(2)
-
-    code = _RUN.replace("CALL", "terminal.warn('x')")
-    done = subprocess.run(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, check=False, timeout=60, text=True, preexec_fn=close
-    )
+    done = _run("terminal.warn('x')", 'exec "$@" 2>&-')
     assert (done.returncode, done.stdout) == (0, "cleaned up\n")
+
+
+def test_standard_output_is_closed() -> None:
+    done = _run("terminal.line('x')", 'exec "$@" >&-')
+    assert done.returncode == StorageError.exit_code
+    assert done.stderr == "encfs: error: standard output is closed\n"
 
 
 def test_exit_codes_are_returned(terminal: Terminal) -> None:
