@@ -70,11 +70,13 @@ class BlobSource(Protocol):
     def open_blob(self, descriptor: Descriptor) -> Blob:
         """Random access; nothing is verified."""
 
-    def stream_blob(self, descriptor: Descriptor, *, chunk_size: int = 1 << 20, offset: int = 0) -> Iterator[bytes]:
-        """The blob from `offset` (bytes) on, in order.
+    def stream_blob(
+        self, descriptor: Descriptor, *, chunk_size: int = 1 << 20, offset: int = 0, verify: bool = True
+    ) -> Iterator[bytes]:
+        """The blob from `offset` (bytes) on, in order, in pieces of about `chunk_size`.
 
-        From 0, size and digest are verified and IntegrityError is raised by the end at the latest; from elsewhere only
-        who has the part before can tell.
+        Size and digest are verified and IntegrityError is raised by the end at the latest; not from another offset
+        than 0 (only who has the part before can tell), and not without `verify` (for who does it anyway).
         """
 
     def has_blob(self, descriptor: Descriptor) -> bool: ...
@@ -117,6 +119,9 @@ class BlobSink(Protocol):
 
 class BlobTarget(BlobSink, Protocol):
     """A sink that whole artifacts can be copied to."""
+
+    #: Whether `copy_blob` checks digests by itself.
+    verifies: bool
 
     def copy_blob(
         self, descriptor: Descriptor, stream: Callable[[int], Iterator[bytes]], advance: Callable[[int], None]

@@ -331,10 +331,12 @@ def named_error(error: BaseException, url: str) -> tuple[EncfsError, bool]:
         )
     if _is_caused_by(error, ssl.SSLError) and any(mark in str(error) for mark in _NO_TLS):
         return TransportError(f"{host} does not speak TLS", hint="pass --plain-http if that is meant"), False
-    if _is_caused_by(error, (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)):
-        return TransportTimeoutError(f"{host} gave no answer in time"), True
     if _is_caused_by(error, urllib3.exceptions.NameResolutionError):
         return TransportError(f"{host}: the name cannot be resolved: {_reason(error)}"), True
+    # urllib3 counts a refused connection among the timeouts.
+    late = (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)
+    if _is_caused_by(error, late) and not _is_caused_by(error, urllib3.exceptions.NewConnectionError):
+        return TransportTimeoutError(f"{host} gave no answer in time"), True
     if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidHeader)):
         return TransportError(f"{host}: {_reason(error)}"), False
     return TransportError(f"{host}: {_reason(error)}"), True
