@@ -67,12 +67,17 @@ def tool(name: str) -> str:
     return found
 
 
-def run(arguments: Sequence[str | Path], *, cwd: Path | None = None) -> str:
+def run(arguments: Sequence[str | Path]) -> str:
     """Run a command to its end and give its stdout. Raises RuntimeError with its stderr where it fails."""
-    done = subprocess.run([str(a) for a in arguments], cwd=cwd, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{arguments[0]} failed with status {done.returncode}: {done.stderr.strip()}")
-    return done.stdout
+    command = [str(argument) for argument in arguments]
+    # Files and not pipes: a daemon that kept them would have this wait for its end.
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, check=False)
+        output.seek(0)
+        errors.seek(0)
+        if done.returncode:
+            raise RuntimeError(f"{arguments[0]} failed with status {done.returncode}: {errors.read().strip()}")
+        return output.read()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from bench import workloads
 from bench.contenders import Contender, Gocryptfs, KeyFiles, Mounted, Ours
 from bench.data import copy_packages, make_file, make_small_files
-from bench.environment import Scale, Workspace, evict, peak_memory, say, warm
+from bench.environment import Scale, Workspace, evict, peak_memory, say, touch_memory, warm
 from bench.results import Better, Comparison, Target
 
 FRAME_SIZES = (16 << 10, 32 << 10, 64 << 10)
@@ -79,7 +79,7 @@ def measure_file(workspace: Workspace, scale: Scale, keys: KeyFiles) -> Iterator
             ]
         ),
     ]
-    yield from _compare("file", contenders, plan, scale.repetitions)
+    yield from _compare("file", contenders, plan, scale.repetitions, workspace, scale.file_size)
 
 
 def measure_tree(workspace: Workspace, scale: Scale, keys: KeyFiles) -> Iterator[Comparison]:
@@ -96,7 +96,7 @@ def measure_tree(workspace: Workspace, scale: Scale, keys: KeyFiles) -> Iterator
         _Workload([("tar, cold", lambda mounted, seed: workloads.tar(mounted.path / "files"))]),
         _Workload([("import, cold", lambda mounted, seed: workloads.import_packages(mounted.path / "packages"))]),
     ]
-    yield from _compare("tree", contenders, plan, scale.repetitions)
+    yield from _compare("tree", contenders, plan, scale.repetitions, workspace, 256 << 20)
 
 
 def _frame_name(size: int) -> str:
@@ -104,9 +104,17 @@ def _frame_name(size: int) -> str:
 
 
 def _compare(
-    suite: str, contenders: Sequence[Contender], plan: Sequence[_Workload], repetitions: int
+    suite: str,
+    contenders: Sequence[Contender],
+    plan: Sequence[_Workload],
+    repetitions: int,
+    workspace: Workspace,
+    room: int,
 ) -> Iterator[Comparison]:
-    """Run every workload for every contender in turn, in another order each time; the last contender is the peer."""
+    """Run every workload for every contender in turn, in another order each time; the last contender is the peer.
+
+    `room` is about how many bytes a workload brings into the page cache.
+    """
     series: _Series = defaultdict(list)
     for condition, prepare in _CONDITIONS.items():
         for repetition in range(repetitions):
@@ -115,6 +123,7 @@ def _compare(
                 for position in range(len(contenders)):
                     contender = contenders[(position + repetition) % len(contenders)]
                     prepare(contender.stored)
+                    touch_memory(workspace.memory, room)
                     with contender.mounted() as mounted:
                         for name, step in workload.steps:
                             series[condition, name, contender.name].append(step(mounted, repetition))
