@@ -110,6 +110,7 @@ class Authenticator(oras.auth.base.AuthBackend):
         self._find = find
         self._lock = threading.Lock()
         self._headers: dict[Purpose, _Header] = {}
+        self._basic: str | None = None  # good for every purpose
 
     def load_configs(self, container: Any, configs: list[Any] | None = None) -> None:
         """Part of oras's interface; credentials are looked up when they are asked for."""
@@ -117,6 +118,8 @@ class Authenticator(oras.auth.base.AuthBackend):
     def header(self, purpose: Purpose) -> str | None:
         """The Authorization header to send at once, if any is known."""
         header = self._headers.get(purpose)
+        if header is None and self._basic is not None:
+            return self._basic
         if header is None or header.until < time.monotonic():
             return None
         return header.value
@@ -132,6 +135,7 @@ class Authenticator(oras.auth.base.AuthBackend):
             if known is not None and known != sent:
                 return True  # another thread was faster
             self._headers.pop(purpose, None)
+            self._basic = None
             if "bearer" in challenges:
                 self._headers[purpose] = self._fetch_token(challenges["bearer"], purpose, patience)
                 return True
@@ -145,7 +149,7 @@ class Authenticator(oras.auth.base.AuthBackend):
                         f"{self._registry} refuses the user name and password of {credential.source}",
                         hint="log in anew with skopeo, podman or docker login",
                     )
-                self._headers[purpose] = _Header(header, float("inf"))
+                self._basic = header
                 return True
         return False
 
@@ -155,9 +159,7 @@ class Authenticator(oras.auth.base.AuthBackend):
         if self._secure and scheme != "https":
             raise TransportError(f"{self._registry} names a token service without TLS, {host}: refused")
         scopes = purpose.scopes(self._repository)
-        wanted = challenge.get("scope")
-        if wanted and wanted not in scopes:
-            scopes.insert(0, wanted)
+        scopes += [scope for scope in challenge.get("scope", "").split() if scope not in scopes]
         fields = [("service", challenge["service"])] if challenge.get("service") else []
         credential = self._find(self._registry, self._repository)
         if credential is not None and credential.identity_token:

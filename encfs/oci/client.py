@@ -10,12 +10,13 @@ import logging
 import threading
 from collections.abc import Mapping
 from json import dumps
+from urllib.parse import urlsplit
 
 import oras.container
 import oras.provider
 import requests
 
-from encfs.errors import AuthenticationError, EncfsError
+from encfs.errors import AuthenticationError, EncfsError, TransportError
 from encfs.oci.authentication import Authenticator, purpose_of
 from encfs.oci.http import (
     RETRYABLE,
@@ -107,6 +108,8 @@ class Client(oras.provider.Registry):
         """
         if json is not None:
             data = dumps(json).encode()
+        if self._origin[0] == "https" and origin_of(url)[0] != "https":
+            raise TransportError(f"{self.registry} names an address without TLS, {urlsplit(url).netloc}: refused")
         body = _as_body(data)
         patience = patience or self.patience()
         purpose = purpose_of(method, url)
@@ -196,7 +199,8 @@ def _as_body(data: bytes | Body | None) -> Body | None:
 
 def _drain(response: requests.Response, patience: Patience) -> None:
     """Read the bounded body, which gives the connection back; `response.content` holds it from then on."""
-    response._content = b"" if response.request.method == "HEAD" else read_body(response, patience)
-    response._content_consumed = True
     if response.request.method == "HEAD":
-        response.close()
+        response._content = response.raw.read()  # empty, and http.client takes note that the answer is over
+    else:
+        response._content = read_body(response, patience)
+    response._content_consumed = True

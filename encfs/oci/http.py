@@ -49,6 +49,7 @@ _READ_SIZE = 1 << 20
 #: An upload is sent in pieces of this size, each within the silence allowed.
 _SEND_SIZE = 128 << 10
 _USER_AGENT = "encfs"
+_SHOWN_TEXT = 160
 #: How OpenSSL calls an answer in clear text.
 _NO_TLS = ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST")
 
@@ -298,8 +299,13 @@ def _reason(error: BaseException) -> str:
         if following is None:
             break
         inner, seen = following, seen + 1
-    text = getattr(inner, "strerror", None) or str(inner) or type(inner).__name__
-    return show_name(" ".join(str(text).split())[:160]).strip("'\"")
+    text = getattr(inner, "verify_message", None) or getattr(inner, "strerror", None) or str(inner)
+    return _one_line(str(text)) or type(inner).__name__
+
+
+def _one_line(text: str) -> str:
+    """Untrusted text for a message: one line of printable ASCII, cut short."""
+    return ascii(" ".join(text[:_SHOWN_TEXT].split()))[1:-1]
 
 
 def _is_caused_by(error: BaseException, kinds: type[BaseException] | tuple[type[BaseException], ...]) -> bool:
@@ -372,4 +378,4 @@ def _registry_message(content: bytes) -> str:
     if not isinstance(first, dict):
         return ""
     text = first.get("message") or first.get("code")
-    return show_name(text[:48]).strip("'\"") if isinstance(text, str) else ""
+    return _one_line(text) if isinstance(text, str) else ""

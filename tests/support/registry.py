@@ -68,10 +68,10 @@ class Authority:
     def file(self) -> Path:
         return self.directory / "ca.pem"
 
-    def issue(self, name: str) -> tuple[Path, Path]:
-        """Files of a certificate for `name` at 127.0.0.1, and of its key."""
+    def issue(self, name: str, address: str = "127.0.0.1") -> tuple[Path, Path]:
+        """Files of a certificate for `name` at an address, and of its key."""
         key = ec.generate_private_key(ec.SECP256R1())
-        certificate = _certificate(name, key, "test authority", self.key, ca=False)
+        certificate = _certificate(name, key, "test authority", self.key, ca=False, address=address)
         files = self.directory / f"{name}.pem", self.directory / f"{name}.key"
         files[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
         files[1].write_bytes(
@@ -89,6 +89,7 @@ def _certificate(
     issuer_key: ec.EllipticCurvePrivateKey,
     *,
     ca: bool,
+    address: str = "127.0.0.1",
 ) -> x509.Certificate:
     import ipaddress
 
@@ -109,8 +110,8 @@ def _certificate(
         usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
         builder = builder.add_extension(usage, critical=True)
     else:
-        addresses = [x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("localhost")]
-        builder = builder.add_extension(x509.SubjectAlternativeName(addresses), critical=False)
+        names = [x509.IPAddress(ipaddress.ip_address(address))]
+        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
         purposes = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
         builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
     return builder.sign(issuer_key, hashes.SHA256())
@@ -217,7 +218,7 @@ class TokenService:
         class Handler(_QuietHandler):
             def do_GET(self) -> None:
                 query = parse_qs(urlsplit(self.path).query)
-                service._answer(self, query.get("scope", []), self.headers.get("Authorization", ""))
+                service._answer(self, " ".join(query.get("scope", [])).split(), self.headers.get("Authorization", ""))
 
             def do_POST(self) -> None:
                 form = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode())
@@ -289,12 +290,14 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, handler: type[BaseHTTPRequestHandler], tls: Authority | None = None) -> None:
+    def __init__(
+        self, handler: type[BaseHTTPRequestHandler], tls: Authority | None = None, address: str = "127.0.0.1"
+    ) -> None:
         super().__init__(("127.0.0.1", 0), handler)
         self.port = int(self.server_address[1])
         if tls is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(*tls.issue("proxy"))
+            context.load_cert_chain(*tls.issue("proxy", address))
             self.socket = context.wrap_socket(self.socket, server_side=True)
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         self._thread.start()
@@ -355,7 +358,10 @@ class Fault:
 class FaultProxy:
     """An HTTP proxy in front of one registry, at `host`; `faults` may be changed at any time."""
 
-    def __init__(self, upstream: str, *, tls: Authority | None = None, latency: float = 0.0) -> None:
+    def __init__(
+        self, upstream: str, *, tls: Authority | None = None, address: str = "127.0.0.1", latency: float = 0.0
+    ) -> None:
+        """`address` is what its certificate says."""
         self.upstream = upstream
         self.latency = latency
         self.faults: list[Fault] = []
@@ -366,7 +372,7 @@ class FaultProxy:
         class Handler(_ProxyHandler):
             owner = proxy
 
-        self._server = _Server(Handler, tls)
+        self._server = _Server(Handler, tls, address)
         self.port = self._server.port
         self.host = f"127.0.0.1:{self.port}"
 
