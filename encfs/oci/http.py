@@ -99,6 +99,14 @@ def origin_of(url: str) -> tuple[str, str, int]:
     return parts.scheme, parts.hostname.lower(), port or (443 if parts.scheme == "https" else 80)
 
 
+def resolve(url: str, location: str) -> str:
+    """The address that a Location or Link at `url` means. Raises: TransportError where it means none."""
+    try:
+        return urljoin(url, location)
+    except ValueError:
+        raise TransportError(f"the registry named {show_name(location)}, which is no address to go to") from None
+
+
 class _Adapter(requests.adapters.HTTPAdapter):
     """Connections with a TLS context of our own, made when it is first needed."""
 
@@ -149,9 +157,16 @@ def _tls_context(options: StoreOptions, *, identify: bool) -> ssl.SSLContext:
     return context
 
 
+class _Session(requests.Session):
+    """Leaves redirects alone, even their addresses unread: they are followed by `exchange`."""
+
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        return None
+
+
 def open_session(url: str, options: StoreOptions) -> requests.Session:
     """A session for the registry at `url`; it can be used by several threads."""
-    session = requests.Session()
+    session = _Session()
     # No ~/.netrc, no cookies: nothing but what the registry's own challenge asks for. Proxies are looked up by us.
     session.trust_env = False
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
@@ -214,7 +229,7 @@ def exchange(
         response.close()
         if method not in ("GET", "HEAD") and response.status_code not in (307, 308):
             raise TransportError(f"{host} answers {method} with a redirect of status {response.status_code}")
-        url = urljoin(url, location)
+        url = resolve(url, location)
     raise TransportError(f"{home[1]} redirects in a circle", hint="the registry is misconfigured")
 
 
@@ -231,6 +246,7 @@ def read_chunks(response: requests.Response, patience: Patience) -> Iterator[byt
     """
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding.lower() != "identity":
+        response.close()
         raise TransportError(f"the registry sends content encoded as {show_name(encoding)}, which was not asked for")
     whole = False
     try:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urljoin
 
 from rfc8785 import dumps as canonical_json
 
@@ -31,7 +30,7 @@ from encfs.errors import (
 from encfs.oci.blobs import MAX_MANIFEST_SIZE, Buffer, Descriptor, RawManifest
 from encfs.oci.client import Client
 from encfs.oci.files import FileWriter, storage_errors
-from encfs.oci.http import content_length, status_error
+from encfs.oci.http import content_length, resolve, status_error
 from encfs.oci.options import StoreOptions
 from encfs.oci.reference import DEFAULT_TAG, Reference, check_registry_tag
 from encfs.oci.remote import RemoteBlob
@@ -180,7 +179,7 @@ class Registry:
             link = response.links.get("next", {}).get("url")
             if not link or len(found) >= _MAX_REFERRERS:
                 break
-            url = urljoin(response.url, link)
+            url = resolve(response.url, link)
         return [item for item in found if artifact_type in (None, item.artifact_type)][:_MAX_REFERRERS]
 
     def _tagged_referrers(self, digest: str) -> list[Descriptor]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator
-from urllib.parse import quote, urljoin, urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import requests
 
 from encfs.errors import AuthenticationError, EncfsError, IntegrityError, TransportError
 from encfs.oci.blobs import Descriptor
 from encfs.oci.client import Client
-from encfs.oci.http import Body, status_error
+from encfs.oci.http import Body, resolve, status_error
 
 Stream = Callable[[int], Iterator[bytes]]
 
@@ -166,7 +166,8 @@ class _Upload:
         self._sending.extend()
 
     def pause(self, error: EncfsError) -> None:
-        """Wait before another attempt; raises `error` where there is no time left."""
+        """Wait before another attempt; raises `error` where the registry asks for more than there is patience."""
+        self._patience.extend()  # what failed may have used all of the time; `_MAX_FAILURES` is the bound
         self._patience.pause(error, at_least=self._sending.asked_to_wait)
 
     def begin(self, mount_from: str) -> tuple[str, int] | None:
@@ -193,7 +194,7 @@ class _Upload:
         location = response.headers.get("Location")
         if not location:
             raise TransportError(f"{self._client.registry} does not say where to upload to")
-        return urljoin(response.url, location)
+        return resolve(response.url, location)
 
     def _send(self, method: str, url: str, body: Body, **headers: str) -> requests.Response:
         """Raises: AuthenticationError, TransportError after a single attempt."""
@@ -251,7 +252,7 @@ class _Upload:
         stored = _stored(response)
         if response.status_code != 204 or stored is None or stored > self._descriptor.size:
             raise _RestartError(error)
-        return urljoin(response.url, response.headers.get("Location", location)), stored
+        return resolve(response.url, response.headers.get("Location", location)), stored
 
     def _complete(self, location: str, body: Body) -> None:
         try:

@@ -349,6 +349,8 @@ class Fault:
     drip: float = 0.0
     #: Flip a bit of the response's body at this offset.
     corrupt: int | None = None
+    #: Close the connection in place of the answer, which the registry has given.
+    lose: bool = False
     #: Do not pass on the Range header.
     no_range: bool = False
     #: Replace headers of the response.
@@ -459,6 +461,9 @@ class _ProxyHandler(_QuietHandler):
                 passed += len(piece)
             response = upstream.getresponse()
             time.sleep(fault.delay)
+            if fault.lose:
+                self.hang_up()
+                return
             self._pass_on(response, fault, record)
         except (OSError, http.client.HTTPException):
             self.hang_up()
