@@ -20,7 +20,7 @@ from encfs.format.suite import Suite, derive_frame_key
 TAG_SIZE = 16
 MIN_FRAME_SIZE = 4096
 MAX_FRAME_SIZE = 4 << 20
-DEFAULT_FRAME_SIZE = 64 << 10
+DEFAULT_FRAME_SIZE = 32 << 10
 #: A compressed frame's sealed plaintext is padded to a multiple of this many bytes.
 PADDING_UNIT = 4096
 

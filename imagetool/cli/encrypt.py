@@ -74,7 +74,7 @@ def command(
         typer.Option("--compress", metavar="none|zstd", help="Compress frames where it pays; sizes then tell more."),
     ] = "none",
     frame_size: Annotated[
-        int | None, size_option("--frame-size", help="Bytes sealed together, a power of two.", default="64KiB")
+        int | None, size_option("--frame-size", help="Bytes sealed together, a power of two.", default="32KiB")
     ] = None,
     segment_size: Annotated[
         int | None, size_option("--segment-size", help="Bytes of a blob, about.", default="1GiB")
