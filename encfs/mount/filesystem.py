@@ -47,6 +47,7 @@ class ImageFilesystem(pyfuse3.Operations):
         super().__init__()
         self.enable_acl = enable_acl
         self.waits = 0
+        self._waiting = 0
         self._contents = contents
         self._image = contents.image
         self._failures = failures
@@ -71,12 +72,24 @@ class ImageFilesystem(pyfuse3.Operations):
             try:
                 return function(*arguments)
             except NotAtHandError:
-                self.waits += 1
-            return await trio.to_thread.run_sync(function, *arguments, abandon_on_cancel=True, limiter=self._limiter)
+                pass
+            return await self._in_thread(function, *arguments)
         except (FUSEError, trio.Cancelled):
             raise
         except Exception as error:  # noqa: BLE001 - the daemon survives any request
             self._fail(error)
+
+    async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
+        self.waits += 1
+        self._waiting += 1
+        try:
+            return await trio.to_thread.run_sync(function, *arguments, abandon_on_cancel=True, limiter=self._limiter)
+        finally:
+            self._waiting -= 1
+
+    def is_idle(self) -> bool:
+        """Whether no worker thread is busy."""
+        return not self._waiting
 
     def _fail(self, error: Exception) -> NoReturn:
         self._failures.record(error)
@@ -195,12 +208,9 @@ class ImageFilesystem(pyfuse3.Operations):
         return await self._read_waiting(fh, off, size)
 
     async def _read_waiting(self, nid: int, offset: int, size: int) -> memoryview:
-        self.waits += 1
         buffer = self._contents.take_buffer(size)
         try:
-            data = await trio.to_thread.run_sync(
-                self._contents.read_waiting, nid, offset, buffer[:size], abandon_on_cancel=True, limiter=self._limiter
-            )
+            data = await self._in_thread(self._contents.read_waiting, nid, offset, buffer[:size])
         except trio.Cancelled:
             # The thread may go on writing to the buffer: it is not used again.
             raise

@@ -29,6 +29,9 @@ _PAYS = 40_000
 _LONGEST = 400_000
 #: Each wait counts for 1/8 of the smoothed time.
 _SMOOTHING = 3
+#: While looking does not pay, it is tried again every so many waits: how soon requests really come cannot be told from
+#: waits that slept, since being woken may take longer than the request did.
+_TRY_AGAIN = 16
 #: Nanoseconds of uninterrupted requests after which everything else on the event loop gets its turn.
 _TURN = 2_000_000
 _FUSE_DEVICE = "/dev/fuse"
@@ -49,12 +52,15 @@ def fuse_descriptors() -> frozenset[int]:
     return frozenset(found)
 
 
-def install(descriptor: int) -> Callable[[], None] | None:
-    """Poll `descriptor`, the session's, from now on. Returns what undoes it; None where it is not possible."""
+def install(descriptor: int, may_look: Callable[[], bool]) -> Callable[[], None] | None:
+    """Poll `descriptor`, the session's, from now on, while `may_look()`. Returns what undoes it; None if impossible.
+
+    `may_look` is false while worker threads are busy: looking would keep the interpreter's lock from them.
+    """
     original = getattr(pyfuse3, _SEAM, None)
     if original is None or not _fits(original) or len(os.sched_getaffinity(0)) < 2:
         return None
-    setattr(pyfuse3, _SEAM, _polling_wait(descriptor, original))
+    setattr(pyfuse3, _SEAM, _polling_wait(descriptor, may_look, original))
     return lambda: setattr(pyfuse3, _SEAM, original)
 
 
@@ -66,13 +72,14 @@ def _fits(function: object) -> bool:
         return False
 
 
-def _polling_wait(descriptor: int, original: _Wait) -> _Wait:
+def _polling_wait(descriptor: int, may_look: Callable[[], bool], original: _Wait) -> _Wait:
     poller = select.poll()
     poller.register(descriptor, select.POLLIN)
     poll = poller.poll
     now = time.monotonic_ns
     turn_ends = 0
     smoothed = 0
+    slept = 0
 
     async def wait_fuse_readable() -> bool:
         """True when a request can be received without blocking, False when the session has ended.
@@ -80,20 +87,24 @@ def _polling_wait(descriptor: int, original: _Wait) -> _Wait:
         Several of pyfuse3's tasks wait here. The one that returns receives without giving way to another, so that what
         `poll` saw is still there; whatever gives way looks again, since receiving blocks the whole event loop.
         """
-        nonlocal turn_ends, smoothed
+        nonlocal turn_ends, smoothed, slept
         while True:
             started = time_now = now()
             ready = poll(0)
-            if smoothed < _PAYS:
+            trying = slept >= _TRY_AGAIN
+            if (smoothed < _PAYS or trying) and may_look():
                 while not ready and time_now - started < _LOOK:
                     ready = poll(0)
                     time_now = now()
+                slept = 0
             if ready:
-                smoothed += (time_now - started - smoothed) >> _SMOOTHING
+                waited = time_now - started
+                smoothed = waited if trying else smoothed + ((waited - smoothed) >> _SMOOTHING)
                 if time_now < turn_ends:
                     return True
                 await trio.lowlevel.checkpoint()
             else:
+                slept += 1
                 if not await original():
                     return False
                 time_now = now()

@@ -138,20 +138,20 @@ def test_without_the_seam_nothing_is_changed(replacement: object, monkeypatch: p
         monkeypatch.delattr(pyfuse3, "_wait_fuse_readable")
     else:
         monkeypatch.setattr(pyfuse3, "_wait_fuse_readable", replacement)
-    assert polling.install(0) is None
+    assert polling.install(0, lambda: True) is None
     assert getattr(pyfuse3, "_wait_fuse_readable", None) is replacement
 
 
 def test_one_cpu_does_not_poll(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    assert polling.install(0) is None
+    assert polling.install(0, lambda: True) is None
 
 
 def test_installing_can_be_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     original = pyfuse3._wait_fuse_readable  # type: ignore[attr-defined]
     reading, writing = os.pipe()
-    undo = polling.install(reading)
+    undo = polling.install(reading, lambda: True)
     assert undo is not None
     assert pyfuse3._wait_fuse_readable is not original  # type: ignore[attr-defined]
     undo()
