@@ -159,7 +159,8 @@ class Authenticator(oras.auth.base.AuthBackend):
         if self._secure and scheme != "https":
             raise TransportError(f"{self._registry} names a token service without TLS, {host}: refused")
         scopes = purpose.scopes(self._repository)
-        scopes += [scope for scope in challenge.get("scope", "").split() if scope not in scopes]
+        asked = {_without_order(scope) for scope in scopes}
+        scopes += [scope for scope in challenge.get("scope", "").split() if _without_order(scope) not in asked]
         fields = [("service", challenge["service"])] if challenge.get("service") else []
         credential = self._find(self._registry, self._repository)
         if credential is not None and credential.identity_token:
@@ -238,3 +239,9 @@ def _parse_token(content: bytes, host: str) -> _Header:
                 seconds = _DEFAULT_VALIDITY
             return _Header(f"Bearer {token}", time.monotonic() + max(1.0, seconds - _MARGIN))
     raise TransportError(f"the token service {show_name(host)} gives an answer without a token")
+
+
+def _without_order(scope: str) -> tuple[str, frozenset[str]]:
+    """A scope's resource and its set of actions: registries write `pull,push` and `push,pull` alike."""
+    resource, _, actions = scope.rpartition(":")
+    return resource, frozenset(actions.split(","))

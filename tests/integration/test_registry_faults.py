@@ -364,7 +364,10 @@ class TestUploads:
     def test_cut_in_a_chunk(self, registry: Registry, proxy: FaultProxy, fresh: bytes, cut: int) -> None:
         """docker-registry gives a session up that has another number of bytes than its own token says."""
         proxy.faults = [Fault("^PATCH", skip=1, cut_request=cut)]
-        assert upload(registry, fresh) == [0, 0]
+        opened = upload(registry, fresh)
+        # How much it took of the cut chunk is a matter of time: asked for the rest first, it gives up in the end.
+        assert opened[0] == opened[-1] == 0
+        assert set(opened) <= {0, MIB}
         assert len(proxy.requests("^POST")) == 2
 
     def test_registry_that_kept_a_part(self, registry: Registry, proxy: FaultProxy, fresh: bytes) -> None:
