@@ -21,9 +21,10 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestC
 
 from encfs.erofs.reader import Inode
 from encfs.erofs.structures import BLOCK_SIZE, MAX_NAME
-from encfs.errors import EncfsError
 from encfs.mount.failures import FailureLog
+from encfs.mount.listing import Listings
 from encfs.mount.reading import ImageContents, NotAtHandError
+from encfs.mount.workers import Workers
 
 #: Seconds for which the kernel may keep names and attributes: thirty years. It would take the largest doubles amiss.
 _FOREVER = 1e9
@@ -47,11 +48,11 @@ class ImageFilesystem(pyfuse3.Operations):
         super().__init__()
         self.enable_acl = enable_acl
         self.waits = 0
-        self._waiting = 0
         self._contents = contents
         self._image = contents.image
         self._failures = failures
-        self._limiter = trio.CapacityLimiter(_WAITING_THREADS)
+        self._workers = Workers(_WAITING_THREADS)
+        self._listings = Listings(contents, self._attributes)
         root = contents.image.root
         # FUSE has no number 0, and its root is always 1: these change places. All others are the same on both sides.
         self._numbers = {0: _ZERO_ALIAS, 1: root or _ZERO_ALIAS, root: 1}
@@ -69,27 +70,33 @@ class ImageFilesystem(pyfuse3.Operations):
     async def _answer(self, function: Callable[..., T], *arguments: object) -> T:
         """Call `function` here; in a worker thread where that would wait; any failure becomes EIO."""
         try:
-            try:
-                return function(*arguments)
-            except NotAtHandError:
-                pass
-            return await self._in_thread(function, *arguments)
+            return function(*arguments)
+        except NotAtHandError:
+            pass
+        except FUSEError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the daemon survives any request
+            self._fail(error)
+        return await self._answer_in_thread(function, *arguments)
+
+    async def _answer_in_thread(self, function: Callable[..., T], *arguments: object) -> T:
+        self.waits += 1
+        try:
+            return await self._workers.run(function, *arguments)
         except (FUSEError, trio.Cancelled):
             raise
         except Exception as error:  # noqa: BLE001 - the daemon survives any request
             self._fail(error)
 
-    async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
-        self.waits += 1
-        self._waiting += 1
-        try:
-            return await trio.to_thread.run_sync(function, *arguments, abandon_on_cancel=True, limiter=self._limiter)
-        finally:
-            self._waiting -= 1
+    # What polling asks
 
-    def is_idle(self) -> bool:
-        """Whether no worker thread is busy."""
-        return not self._waiting
+    def may_look(self) -> bool:
+        """Whether no worker thread wants the interpreter's lock."""
+        return not self._workers.busy
+
+    def work_ahead(self) -> bool:
+        """Do a little of what will be asked for next. False where there is nothing to do."""
+        return self._listings.prepare()
 
     def _fail(self, error: Exception) -> NoReturn:
         self._failures.record(error)
@@ -170,22 +177,12 @@ class ImageFilesystem(pyfuse3.Operations):
         return self._nids.get(inode, inode)
 
     async def readdir(self, fh: int, start_id: int, token: ReaddirToken) -> None:
-        await self._answer(self._readdir, fh, start_id, token)
-
-    def _readdir(self, nid: int, start: int, token: ReaddirToken) -> None:
-        entry = EntryAttributes()
-        added = False
         try:
-            for item in self._image.entries(self._contents.inode(nid), start):
-                # The reply takes a copy of the attributes.
-                self._attributes(self._image.inode(item.nid), entry)
-                if not pyfuse3.readdir_reply(token, item.name, entry, item.next):
-                    return
-                added = True
-        except (NotAtHandError, EncfsError):
-            # What is in the reply already is good: the kernel asks again from where it ends.
-            if not added:
-                raise
+            self._listings.reply(fh, start_id, token)
+        except NotAtHandError:
+            await self._answer_in_thread(self._listings.reply_waiting, fh, start_id, token)
+        except Exception as error:  # noqa: BLE001 - the daemon survives any request
+            self._fail(error)
 
     async def releasedir(self, fh: int) -> None:
         return
@@ -205,19 +202,14 @@ class ImageFilesystem(pyfuse3.Operations):
             pass
         except Exception as error:  # noqa: BLE001 - the daemon survives any request
             self._fail(error)
-        return await self._read_waiting(fh, off, size)
-
-    async def _read_waiting(self, nid: int, offset: int, size: int) -> memoryview:
         buffer = self._contents.take_buffer(size)
         try:
-            data = await self._in_thread(self._contents.read_waiting, nid, offset, buffer[:size])
-        except trio.Cancelled:
-            # The thread may go on writing to the buffer: it is not used again.
-            raise
-        except Exception as error:  # noqa: BLE001 - the daemon survives any request
+            data = await self._answer_in_thread(self._contents.read_waiting, fh, off, buffer[:size])
+        except FUSEError:
             self._contents.return_buffer(buffer)
-            self._fail(error)
-        # The reply is sent before this thread runs another handler (pyfuse3's fuse_read_async).
+            raise
+        # Free again: the reply is sent before this thread runs another handler (pyfuse3's fuse_read_async). Where the
+        # call was cancelled instead, its thread may still write to the buffer, and nobody gets it any more.
         self._contents.return_buffer(buffer)
         return data
 

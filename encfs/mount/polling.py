@@ -15,6 +15,7 @@ import select
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Protocol
 
 import pyfuse3
 import trio
@@ -52,15 +53,22 @@ def fuse_descriptors() -> frozenset[int]:
     return frozenset(found)
 
 
-def install(descriptor: int, may_look: Callable[[], bool]) -> Callable[[], None] | None:
-    """Poll `descriptor`, the session's, from now on, while `may_look()`. Returns what undoes it; None if impossible.
+class Idler(Protocol):
+    """What can be done while nothing is asked for."""
 
-    `may_look` is false while worker threads are busy: looking would keep the interpreter's lock from them.
-    """
+    def may_look(self) -> bool:
+        """False while worker threads are busy: looking would keep the interpreter's lock from them."""
+
+    def work_ahead(self) -> bool:
+        """Do some microseconds of work for what will be asked next; False where there is none."""
+
+
+def install(descriptor: int, idler: Idler) -> Callable[[], None] | None:
+    """Poll `descriptor`, the session's, from now on. Returns what undoes it; None where it cannot be done."""
     original = getattr(pyfuse3, _SEAM, None)
     if original is None or not _fits(original) or len(os.sched_getaffinity(0)) < 2:
         return None
-    setattr(pyfuse3, _SEAM, _polling_wait(descriptor, may_look, original))
+    setattr(pyfuse3, _SEAM, _polling_wait(descriptor, idler, original))
     return lambda: setattr(pyfuse3, _SEAM, original)
 
 
@@ -72,7 +80,7 @@ def _fits(function: object) -> bool:
         return False
 
 
-def _polling_wait(descriptor: int, may_look: Callable[[], bool], original: _Wait) -> _Wait:
+def _polling_wait(descriptor: int, idler: Idler, original: _Wait) -> _Wait:
     poller = select.poll()
     poller.register(descriptor, select.POLLIN)
     poll = poller.poll
@@ -89,10 +97,12 @@ def _polling_wait(descriptor: int, may_look: Callable[[], bool], original: _Wait
         """
         nonlocal turn_ends, smoothed, slept
         while True:
-            started = time_now = now()
             ready = poll(0)
+            while not ready and idler.work_ahead():
+                ready = poll(0)
+            started = time_now = now()
             trying = slept >= _TRY_AGAIN
-            if (smoothed < _PAYS or trying) and may_look():
+            if (smoothed < _PAYS or trying) and idler.may_look():
                 while not ready and time_now - started < _LOOK:
                     ready = poll(0)
                     time_now = now()

@@ -97,7 +97,7 @@ class Session:
         mine = top_mount(place)
         device = mine.device if mine is not None else ""
         new = polling.fuse_descriptors() - before
-        stop_polling = polling.install(next(iter(new)), self._filesystem.is_idle) if len(new) == 1 else None
+        stop_polling = polling.install(next(iter(new)), self._filesystem) if len(new) == 1 else None
         self._base = replace(self._base, device=device, polling=stop_polling is not None)
         try:
             yield

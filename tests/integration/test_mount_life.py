@@ -492,7 +492,12 @@ class UserPlace:
 #: The interpreter may be installed where users cannot go: it imports everything before it drops its rights.
 _PREAMBLE = """
 # The namespace begins with a copy of every mount: those of other tests must be able to end.
-awk '/ - fuse.encfs / {print $5}' /proc/self/mountinfo | xargs -r umount -l
+"$PY" -c "
+from contextlib import suppress
+from encfs.mount.mountpoint import current_mounts, unmount
+for mount in current_mounts():
+    if mount.filesystem_type == 'fuse.encfs':
+        with suppress(Exception): unmount(mount.mountpoint, lazy=True)"
 mount -t tmpfs -o mode=755 none "$B/dev"
 mknod -m 666 "$B/dev/fuse" c 10 229
 mount --bind "$B/dev/fuse" /dev/fuse

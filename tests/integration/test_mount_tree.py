@@ -209,6 +209,39 @@ def test_listing_resumes_where_it_was_left(tmp_path: Path) -> None:
             libc.closedir(handle)
 
 
+def test_walks_at_the_same_time_see_the_same(tmp_path: Path) -> None:
+    """What is prepared for one walk must not go astray in another, whatever their order."""
+    items: list[Item] = [(Entry(b"", DIRECTORY), b"")]
+    for first in range(12):
+        items.append((Entry(b"d%02d" % first, DIRECTORY), b""))
+        items += [(Entry(b"d%02d/f%03d" % (first, number), FILE), b"") for number in range(first * 40)]
+        for second in range(4):
+            items.append((Entry(b"d%02d/e%d" % (first, second), DIRECTORY), b""))
+            items += [(Entry(b"d%02d/e%d/g%d" % (first, second, number), FILE), b"") for number in range(30)]
+    write_image(tmp_path / "image", items)
+    expected = sorted(os.fsdecode(entry.path) for entry, *_ in items)
+    found: list[list[str]] = []
+
+    def walk(root: str, seed: int) -> None:
+        chance = random.Random(seed)
+        paths = [""]
+        for directory, directories, files in os.walk(root):
+            paths += [os.path.relpath(os.path.join(directory, name), root) for name in (*directories, *files)]
+            if seed % 3 == 1:
+                chance.shuffle(directories)
+            elif seed % 3 == 2:
+                directories.sort(reverse=True)
+        found.append(sorted(paths))
+
+    with mounted(tmp_path / "image", tmp_path / "mount", tmp_path / "run"):
+        threads = [threading.Thread(target=walk, args=(str(tmp_path / "mount"), seed)) for seed in range(9)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert found == [expected] * 9
+
+
 # Names
 
 

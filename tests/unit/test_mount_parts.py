@@ -123,6 +123,16 @@ def test_tracebacks_show_no_values(caplog: pytest.LogCaptureFixture) -> None:
 # Polling
 
 
+class Idler:
+    """Always ready to look, with nothing to do."""
+
+    def may_look(self) -> bool:
+        return True
+
+    def work_ahead(self) -> bool:
+        return False
+
+
 async def _other_signature(timeout: float) -> bool:
     return bool(timeout)
 
@@ -138,20 +148,20 @@ def test_without_the_seam_nothing_is_changed(replacement: object, monkeypatch: p
         monkeypatch.delattr(pyfuse3, "_wait_fuse_readable")
     else:
         monkeypatch.setattr(pyfuse3, "_wait_fuse_readable", replacement)
-    assert polling.install(0, lambda: True) is None
+    assert polling.install(0, Idler()) is None
     assert getattr(pyfuse3, "_wait_fuse_readable", None) is replacement
 
 
 def test_one_cpu_does_not_poll(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
-    assert polling.install(0, lambda: True) is None
+    assert polling.install(0, Idler()) is None
 
 
 def test_installing_can_be_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     original = pyfuse3._wait_fuse_readable  # type: ignore[attr-defined]
     reading, writing = os.pipe()
-    undo = polling.install(reading, lambda: True)
+    undo = polling.install(reading, Idler())
     assert undo is not None
     assert pyfuse3._wait_fuse_readable is not original  # type: ignore[attr-defined]
     undo()
