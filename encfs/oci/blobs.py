@@ -64,6 +64,9 @@ class BlobSource(Protocol):
     def manifest(self, reference: str | None = None) -> RawManifest:
         """The manifest of a tag or digest (None: the one the reference named); its digest is the one computed."""
 
+    def document(self, reference: str | None = None) -> RawManifest:
+        """The same, for who takes an image index as well."""
+
     def read_blob(self, descriptor: Descriptor, *, limit: int) -> bytes:
         """A small blob whole, its size and digest verified. FormatError where it states more than `limit` bytes."""
 
@@ -88,6 +91,9 @@ class BlobWriter(Protocol):
     """One blob being written. Invisible under its digest until `commit`."""
 
     def write(self, data: Buffer) -> None: ...
+
+    def digest(self) -> str:
+        """The digest of what was written so far."""
 
     def commit(self, media_type: str) -> Descriptor:
         """Make it durable and visible; the descriptor carries the digest and size of what was written."""

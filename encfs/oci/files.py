@@ -321,12 +321,15 @@ class FileBlobWriter:
         """Raises: StorageError."""
         self._writer.write(data)
 
+    def digest(self) -> str:
+        return f"sha256:{self._writer.hexdigest()}"
+
     def commit(self, media_type: str) -> Descriptor:
         """Make it durable and give it its name; an equal blob that is there already is kept. Raises: StorageError."""
-        digest = self._writer.hexdigest()
-        self._writer.publish(self._directories[1], digest)
+        digest = self.digest()
+        self._writer.publish(self._directories[1], digest.removeprefix("sha256:"))
         self.abort()
-        return Descriptor(media_type, f"sha256:{digest}", self._writer.position)
+        return Descriptor(media_type, digest, self._writer.position)
 
     def abort(self) -> None:
         """Throw away what has no name yet; harmless when called again."""

@@ -116,12 +116,17 @@ class Layout:
 
         Raises: NotFoundError, UsageError where the choice is open, IntegrityError, FormatError.
         """
+        manifest = self.document(reference)
+        if manifest.media_type == _INDEX_TYPE:
+            raise UnsupportedError(
+                f"{self.path}: {manifest.digest} is an image index", hint="name one manifest by its digest"
+            )
+        return manifest
+
+    def document(self, reference: str | None = None) -> RawManifest:
+        """The manifest or index. Raises: as `manifest`, but for the index."""
         entry = self._find(reference or self._digest or self._tag)
         content = self.read_blob(entry, limit=MAX_MANIFEST_SIZE)
-        if entry.media_type == _INDEX_TYPE:
-            raise UnsupportedError(
-                f"{self.path}: {entry.digest} is an image index", hint="name one manifest by its digest"
-            )
         return RawManifest(content, entry.digest, entry.media_type)
 
     def _find(self, reference: str | None) -> Descriptor:

@@ -87,13 +87,16 @@ class Registry:
 
         Raises: NotFoundError, UnsupportedError for an index, IntegrityError, TransportError, AuthenticationError.
         """
-        name = reference or self.reference.digest or self._tag or DEFAULT_TAG
-        manifest = self._fetch_manifest(name, _ACCEPT)
+        manifest = self.document(reference)
         if manifest.media_type in (INDEX_TYPE, _DOCKER_INDEX_TYPE):
             raise UnsupportedError(
                 f"{self}: {manifest.digest} is an image index", hint="name one manifest by its digest"
             )
         return manifest
+
+    def document(self, reference: str | None = None) -> RawManifest:
+        """The manifest or index. Raises: NotFoundError, IntegrityError, TransportError, AuthenticationError."""
+        return self._fetch_manifest(reference or self.reference.digest or self._tag or DEFAULT_TAG, _ACCEPT)
 
     def _fetch_manifest(self, name: str, accept: str) -> RawManifest:
         if not name.startswith("sha256:"):
@@ -361,10 +364,14 @@ class SpooledWriter:
         assert self._file is not None  # noqa: S101 - not after commit or abort
         self._file.write(data)
 
+    def digest(self) -> str:
+        assert self._file is not None  # noqa: S101
+        return f"sha256:{self._file.hexdigest()}"
+
     def commit(self, media_type: str) -> Descriptor:
         """Hand the blob over to its upload; `put_manifest` waits for it. Raises: what an earlier upload raised."""
         assert self._file is not None  # noqa: S101
-        descriptor = Descriptor(media_type, f"sha256:{self._file.hexdigest()}", self._file.position)
+        descriptor = Descriptor(media_type, self.digest(), self._file.position)
         self._uploads.submit(descriptor, self._file)
         self._file = None
         self.abort()

@@ -217,6 +217,9 @@ class _TrackedWriter:
     def write(self, data: Buffer) -> None:
         self._writer.write(data)
 
+    def digest(self) -> str:
+        return self._writer.digest()
+
     def commit(self, media_type: str) -> Descriptor:
         blob = self._writer.commit(media_type)
         self._blobs.append(blob)
