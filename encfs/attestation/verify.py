@@ -1,0 +1,60 @@
+"""Judge evidence against a policy: hand it to the verifier of its kind, return a verdict.
+
+A refusal is a verdict, never an exception; FormatError is for what cannot be read at all. Nothing here asks the
+network: certificates, collateral and keys are given.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from encfs.attestation import snp
+from encfs.attestation.evidence import Endorsements, Evidence, EvidenceKind
+from encfs.attestation.findings import Findings
+from encfs.attestation.parsing import parse_evidence, recognise
+from encfs.attestation.policy import EvidencePolicy
+from encfs.attestation.verdict import Code, Verdict
+
+__all__ = ["recognise", "verify_evidence"]
+
+
+def verify_evidence(
+    evidence: bytes | Evidence,
+    policy: EvidencePolicy,
+    *,
+    endorsements: Endorsements = Endorsements(),  # noqa: B008 -- immutable
+    now: datetime,
+) -> Verdict:
+    """Whether evidence is genuine and shows what the policy asks for, at the time `now` (with its zone).
+
+    `endorsements` are looked at together with those that came with the evidence; neither is trusted.
+
+    Raises: FormatError where the evidence is of no known kind, too large or malformed; UnsupportedError where an
+    optional package that its kind needs is not installed.
+    """
+    if now.tzinfo is None:
+        raise ValueError("now needs a time zone")
+    given = parse_evidence(evidence) if isinstance(evidence, bytes) else evidence
+    findings = Findings()
+    if given.kind not in policy.kinds:
+        code = Code.SAMPLE if given.kind is EvidenceKind.SAMPLE else Code.KIND
+        findings.refuse(code, f"evidence of the kind {given.kind} is not accepted by the policy")
+    together = Endorsements(
+        given.endorsements.certificates + endorsements.certificates,
+        endorsements.collateral if endorsements.collateral is not None else given.endorsements.collateral,
+    )
+    _check(findings, given, together, policy, now)
+    findings.require_claims(policy)
+    return findings.verdict(given.kind)
+
+
+def _check(
+    findings: Findings, evidence: Evidence, endorsements: Endorsements, policy: EvidencePolicy, now: datetime
+) -> None:
+    match evidence.kind:
+        case EvidenceKind.SNP:
+            report = snp.parse_report(evidence.content)
+            snp.check_report(findings, report, endorsements.certificates, policy, now)
+            snp.check_report_data(findings, report, policy)
+        case _:
+            findings.refuse(Code.UNSUPPORTED, f"evidence of the kind {evidence.kind} is not supported yet")
