@@ -28,6 +28,8 @@ bug.
     |- TransportError              50   a registry or network failed after bounded retries
     |  |- AuthenticationError      51   the registry refused the credentials
     |  `- TransportTimeoutError    52   no answer within the time allowed
+    |- AttestationError            60   no evidence could be collected on this machine
+    |- EvidenceRefusedError        61   evidence is not genuine, or does not show what was asked for
     `- (interrupted by a signal:  130)
 """
 
@@ -196,3 +198,15 @@ class TransportTimeoutError(TransportError):
     """No answer within the time allowed."""
 
     exit_code = 52
+
+
+class AttestationError(EncfsError):
+    """No evidence, or no key, could be had from the hardware or platform interface of this machine."""
+
+    exit_code = 60
+
+
+class EvidenceRefusedError(EncfsError):
+    """Evidence is not genuine, or does not show what the policy asks for."""
+
+    exit_code = 61

@@ -91,7 +91,7 @@ def test_uris(uri: str, shown: str) -> None:
 @pytest.mark.parametrize(
     ("uri", "reason"),
     [
-        ("tpm9:x", "unknown key scheme 'tpm9'; known are env, file, passphrase"),
+        ("tpm9:x", "unknown key scheme 'tpm9'; known are .*file, .*passphrase"),
         ("keys:x", "a path with a colon in it is written file:PATH"),
         ("", "key URI without a path"),
         ("file:", "key URI without a path"),
