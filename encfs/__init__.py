@@ -1,10 +1,12 @@
 """Encrypted, verified, lazily readable artifacts: the library behind the commands.
 
     with encfs.open("oci:models:v1", key="me.jwk", trust="signer.jwk.pub", id="acme/model", min_version=3) as artifact:
-        image = artifact.volumes[0]
-        first = image.read(0, 4096)
+        for entry in artifact.list():
+            print(entry.path, entry.size)
+        config = artifact.read("config.json")
 
-Importing this package is cheap; what `open` needs is imported when it is called.
+No mount, no root and no FUSE is needed for it. `encfs.aio` is the same for trio, `encfs.safetensors` loads tensors,
+and fsspec knows the protocol `encfs`. Importing this package is cheap; what `open` needs is imported when it is called.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from encfs.artifact import Artifact
+    from encfs.api import Artifact
+    from encfs.oci.options import StoreOptions
 
 __all__ = ["open"]
 
@@ -28,28 +31,28 @@ def open(  # noqa: A001 - the name that readers of `gzip.open`, `tarfile.open` a
     id: str | None = None,  # noqa: A002 - as on the command line and in the descriptor
     min_version: int | None = None,
     allow_unsigned: bool = False,
+    store: StoreOptions | None = None,
+    threads: int | None = None,
 ) -> Artifact:
-    """Accept an artifact, unwrap its keys and open its volumes, by the same rules as `encfs mount`.
+    """Accept an artifact, unwrap its keys and open it, by the same rules as `encfs mount`. Nothing of its data is read.
 
-    `ref` as skopeo writes it (`oci:PATH:TAG`), `key` one or more key URIs, `trust` files of signers' public keys.
+    `ref` as skopeo writes it (`oci:PATH:TAG`, `docker://HOST/REPOSITORY:TAG`), `key` one or more key URIs, `trust`
+    files of signers' public keys, `id` and `min_version` what the release must be, `pin` a content digest; `store` says
+    how a registry is reached; `threads` read large pieces side by side (None: by the number of processors).
+
     Raises: `encfs.errors.TrustError` where the origin is not accepted, before any key is asked for; key, format,
     integrity and store errors, all of them `encfs.errors.EncfsError`.
     """
-    from encfs.artifact import open_artifact
-    from encfs.keys.files import load_trusted_key
-    from encfs.keys.providers import provider_from_uri
-    from encfs.oci.reference import parse_reference
-    from encfs.oci.store import open_source
-    from encfs.trust import TrustPolicy
+    from encfs.api import open_artifact_by_reference
 
-    keys = [key] if isinstance(key, str) else list(key)
-    signers = [trust] if isinstance(trust, str | PathLike) else list(trust)
-    policy = TrustPolicy(
+    return open_artifact_by_reference(
+        ref,
+        key=key,
         pin=pin,
-        keys=tuple(load_trusted_key(path) for path in signers),
+        trust=trust,
         artifact_id=id,
         min_version=min_version,
         allow_unsigned=allow_unsigned,
+        store=store,
+        threads=threads,
     )
-    providers = [provider_from_uri(uri) for uri in keys]
-    return open_artifact(open_source(parse_reference(ref)), keys=providers, trust=policy, label=ref)

@@ -1,0 +1,126 @@
+"""What `encfs.open` gives: an accepted artifact with its files. Not here: the rules of opening (`encfs.artifact`)."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from types import TracebackType
+from typing import Self
+
+from encfs.artifact import Artifact as OpenedArtifact
+from encfs.artifact import open_artifact
+from encfs.browse import single_volume
+from encfs.extract import ExtractResult
+from encfs.files import AnyPath, Entry, File, Files
+from encfs.keys.files import load_trusted_key
+from encfs.keys.providers import provider_from_uri
+from encfs.oci.options import StoreOptions
+from encfs.oci.reference import parse_reference
+from encfs.oci.store import open_source
+from encfs.progress import Progress
+from encfs.trust import Origin, TrustPolicy
+
+AnyFile = str | os.PathLike[str]
+
+
+class Artifact:
+    """An accepted artifact. Thread-safe, read-only; close it, or use it as a context manager.
+
+    Attributes: `content_digest` (`sha256:<hex>`, its identity), `id` and `version` of the release, `origin`: what was
+    proven about where it comes from.
+    """
+
+    def __init__(self, opened: OpenedArtifact, *, threads: int | None = None) -> None:
+        """Takes `opened` over. Raises: UnsupportedError, FormatError; `opened` is closed then."""
+        self._opened = opened
+        try:
+            self.files = Files(single_volume(opened), threads=threads)
+        except BaseException:
+            opened.close()
+            raise
+        self.content_digest: str = opened.content_digest
+        self.id: str = opened.content.id
+        self.version: int = opened.content.version
+        self.origin: Origin = opened.origin
+
+    def list(self, path: AnyPath = "", *, recursive: bool = False) -> Iterator[Entry]:
+        """What is in a directory, sorted; with `recursive` everything below it. Raises: as `Files.list`."""
+        return self.files.list(path, recursive=recursive)
+
+    def stat(self, path: AnyPath, *, follow_symlinks: bool = True) -> Entry:
+        """What stands at a path. Raises: NotFoundError and others, as `Files.stat`."""
+        return self.files.stat(path, follow_symlinks=follow_symlinks)
+
+    def exists(self, path: AnyPath) -> bool:
+        """Whether something stands at a path, symbolic links followed."""
+        return self.files.exists(path)
+
+    def open(self, path: AnyPath, *, buffering: int = 1 << 20) -> io.BufferedReader:
+        """A regular file as a seekable binary file. Raises: as `Files.open`."""
+        return self.files.open(path, buffering=buffering)
+
+    def open_raw(self, path: AnyPath) -> File:
+        """The same without a buffer."""
+        return self.files.open_raw(path)
+
+    def read(self, path: AnyPath, offset: int = 0, size: int | None = None) -> bytes:
+        """A range of a regular file; all of it by default. Raises: as `Files.read`."""
+        return self.files.read(path, offset, size)
+
+    def read_into(self, path: AnyPath, offset: int, buffer: bytearray | memoryview) -> int:
+        """Decrypt a range straight into `buffer`, on several threads; wiped on failure. Raises: as `Files.read`."""
+        return self.files.read_into(path, offset, buffer)
+
+    def extract(self, directory: AnyFile, progress: Progress | None = None) -> ExtractResult:
+        """Write the whole tree to a new or empty directory. Raises: as `Files.extract`."""
+        return self.files.extract(directory, progress)
+
+    def close(self) -> None:
+        """End the threads, forget cached plaintext, close the store. Files that are open read no further."""
+        self.files.close()
+        self._opened.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<encfs.Artifact {self.id!r} version {self.version} {self.content_digest}>"
+
+
+def open_artifact_by_reference(
+    ref: str,
+    *,
+    key: str | Sequence[str],
+    pin: str | None,
+    trust: AnyFile | Sequence[AnyFile],
+    artifact_id: str | None,
+    min_version: int | None,
+    allow_unsigned: bool,
+    store: StoreOptions | None,
+    threads: int | None,
+) -> Artifact:
+    """`encfs.open`, which documents it."""
+    policy = TrustPolicy(
+        pin=pin,
+        keys=tuple(load_trusted_key(path) for path in _listed(trust)),
+        artifact_id=artifact_id,
+        min_version=min_version,
+        allow_unsigned=allow_unsigned,
+    )
+    reference = parse_reference(ref)
+    with ExitStack() as stack:
+        # Closed at the end: what they unwrapped is in the artifact then, and their own secrets are of no further use.
+        providers = [stack.enter_context(closing(provider_from_uri(str(uri)))) for uri in _listed(key)]
+        opened = open_artifact(open_source(reference, store), keys=providers, trust=policy, label=ref)
+    return Artifact(opened, threads=threads)
+
+
+def _listed(given: AnyFile | Sequence[AnyFile]) -> Sequence[AnyFile]:
+    return [given] if isinstance(given, str | os.PathLike) else given

@@ -1,0 +1,101 @@
+"""Read many ranges of a volume at once, straight into the caller's memory, on a few plain threads.
+
+For callers that want all of something large: tensors, whole files. Hashing and decryption release the interpreter's
+lock, so that threads help from a few hundred kilobytes on. Not here: reading ahead of a reader that asks for one piece
+after the other (`encfs.format.readahead`), checking and decrypting (`encfs.format.volume`).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+
+from encfs.format.volume import VolumeReader
+
+#: Bytes that one thread takes at a time: a multiple of every frame size that pays.
+PIECE_SIZE = 4 << 20
+#: Fewer bytes than this are read by the caller itself.
+_INLINE_SIZE = 1 << 20
+#: Pieces that wait for a thread; the rest is not even listed yet.
+_QUEUED = 64
+
+Range = tuple[int, memoryview]
+
+
+def default_threads() -> int:
+    """One more than there are processors, since a thread may wait for the store; 9 at most."""
+    return min(8, os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0))) + 1
+
+
+class ParallelReader:
+    """The threads that read one volume. Thread-safe; made when they are first needed, ended by `close`."""
+
+    def __init__(self, volume: VolumeReader, *, threads: int | None = None) -> None:
+        self.volume = volume
+        self._threads = default_threads() if threads is None else threads
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    def read_into(self, ranges: Iterable[Range]) -> None:
+        """Fill each buffer with verified bytes of the image from its offset; every byte must be inside the image.
+
+        Where one range fails, all buffers are wiped when no thread writes to them any more: nobody is left with half
+        of what he asked for. Raises: as `VolumeReader.read_into`.
+        """
+        wanted = [(offset, buffer) for offset, buffer in ranges if len(buffer)]
+        try:
+            if self._threads < 2 or sum(len(buffer) for _, buffer in wanted) < _INLINE_SIZE:
+                for offset, buffer in wanted:
+                    self._fill(offset, buffer)
+            else:
+                self._fill_in_threads(_pieces(wanted))
+        except BaseException:
+            for _, buffer in wanted:
+                buffer[:] = bytes(len(buffer))
+            raise
+
+    def close(self) -> None:
+        """End the threads."""
+        with self._lock:
+            if self._pool is not None:
+                self._pool.shutdown(cancel_futures=True)
+                self._pool = None
+
+    def _fill(self, offset: int, buffer: memoryview) -> None:
+        if self.volume.read_into(offset, buffer) != len(buffer):
+            raise ValueError("the range to read ends beyond the image")
+
+    def _fill_in_threads(self, pieces: Iterator[Range]) -> None:
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="encfs-read")
+            pool = self._pool
+        waiting: set[Future[None]] = set()
+        try:
+            for offset, buffer in pieces:
+                waiting.add(pool.submit(self._fill, offset, buffer))
+                if len(waiting) >= _QUEUED:
+                    done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        future.result()
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+        finally:
+            # On failure nobody may write to the buffers after they were wiped.
+            for future in waiting:
+                future.cancel()
+            wait(waiting)
+
+
+def _pieces(ranges: Iterable[Range]) -> Iterator[Range]:
+    """Ranges cut where multiples of PIECE_SIZE lie in the image, so that two threads never open the same frame."""
+    for offset, buffer in ranges:
+        start = 0
+        while start < len(buffer):
+            size = PIECE_SIZE - (offset + start) % PIECE_SIZE
+            yield offset + start, buffer[start : start + size]
+            start += size
