@@ -27,10 +27,10 @@ from encfs.format.descriptor import (
 from encfs.format.volume import DEFAULT_CACHE_SIZE, VolumeReader
 from encfs.keys.keyring import Keyring, parse_keyring
 from encfs.keys.payload import Payload, parse_payload
-from encfs.keys.providers import KeyProvider
+from encfs.keys.providers import BoundProvider, KeyProvider
 from encfs.keys.secrets import wipe
 from encfs.oci.blobs import MAX_MANIFEST_SIZE, Blob, BlobSource, Descriptor, RawManifest
-from encfs.trust import Origin, TrustPolicy, check_trust
+from encfs.trust import Origin, TrustPolicy, check_binding, check_trust
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,17 @@ class LoadedArtifact:
             envelopes=self.signatures,
             policy=policy,
         )
+
+    def check_key(self, provider: KeyProvider) -> None:
+        """Raises PinError, WrongIdError, RollbackError where what came with the provider's key refuses the artifact."""
+        if isinstance(provider, BoundProvider):
+            check_binding(
+                provider.binding,
+                content_digest=self.content_digest,
+                artifact_id=self.content.id,
+                version=self.content.version,
+                key_name=provider.uri,
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,11 +151,14 @@ def open_artifact(
 def open_payload(loaded: LoadedArtifact, keys: Sequence[KeyProvider]) -> Payload:
     """Unwrap the keyring and check its payload against the descriptor's commitment. Call `check_trust` first.
 
-    Raises: MissingKeyError, WrongKeyError, KeyProviderError, IntegrityError, FormatError.
+    What came with the key that opens it may refuse the artifact (`encfs.trust.check_binding`).
+
+    Raises: MissingKeyError, WrongKeyError, KeyProviderError, IntegrityError, FormatError; PinError, WrongIdError,
+    RollbackError by what came with the key.
     """
     if not keys:
         raise MissingKeyError("no key was given to open the artifact", hint="pass -k KEYURI, for example -k owner.jwk")
-    content = loaded.keyring.open(keys)
+    content = loaded.keyring.open(keys, loaded.check_key)
     try:
         return parse_payload(content, loaded.content.payload_commitment)
     finally:

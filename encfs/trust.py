@@ -74,6 +74,19 @@ class TrustPolicy:
         return self.pin is not None or bool(self.keys) or self.allow_unsigned
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyBinding:
+    """What came with a key about the artifacts that it may open: refusals on top of the reader's own policy.
+
+    `artifact_id` is the one id, `min_version` the lowest version (inclusive), `pins` the content digests one of which
+    it must be. What is None or empty asks for nothing; nothing in here accepts anything.
+    """
+
+    artifact_id: str | None = None
+    min_version: int | None = None
+    pins: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Origin:
     """Why an artifact was accepted.
@@ -96,6 +109,32 @@ class Origin:
             return "unproven"
         reasons = ["pinned"] if self.pinned else []
         return ", ".join([*reasons, f"signed by {self.signer}"] if self.signer else reasons)
+
+
+def check_binding(binding: KeyBinding, *, content_digest: str, artifact_id: str, version: int, key_name: str) -> None:
+    """Refuse an artifact that the key was not released for; `key_name` names the key in messages.
+
+    Call after `check_trust`, never instead of it: the key's own source may be as hostile as the artifact's.
+
+    Raises: PinError, WrongIdError, RollbackError.
+    """
+    if binding.pins and content_digest not in binding.pins:
+        raise PinError(
+            f"the content digest {content_digest} is none of those that came with the key {key_name}",
+            hint="the owner released the key for other content; fetch the current artifact",
+        )
+    if binding.artifact_id is not None and binding.artifact_id != artifact_id:
+        raise WrongIdError(
+            f"the artifact's id is {show_name(artifact_id)}, but the key {key_name} was released for "
+            f"{show_name(binding.artifact_id)}",
+            hint="another artifact may have been put in its place; check the reference and the key's policy",
+        )
+    if binding.min_version is not None and version < binding.min_version:
+        raise RollbackError(
+            f"the artifact's version {version} is below the floor {binding.min_version} that came with the key "
+            f"{key_name}",
+            hint="fetch the current version; an old one may have been put in its place",
+        )
 
 
 def parse_pin(text: str) -> str:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,27 +66,33 @@ class Keyring:
     _ciphertext: bytes = field(repr=False)
     _tag: bytes = field(repr=False)
 
-    def open(self, providers: Sequence[KeyProvider]) -> bytearray:
+    def open(self, providers: Sequence[KeyProvider], accept: Callable[[KeyProvider], None] | None = None) -> bytearray:
         """The payload, which the caller checks against the descriptor's commitment and wipes after use.
 
-        The providers are asked in order; the first that unwraps the CEK decides.
+        The providers are asked in order; the first that unwraps the CEK decides. `accept` is shown that one before
+        anything is decrypted, and raises where what came with its key refuses the artifact.
 
         Raises: MissingKeyError without providers; WrongKeyError where none fits, naming each and what it was tried on;
         another error of a provider where one failed and none fits; IntegrityError where the payload was altered.
         """
-        cek = self._unwrap(providers)
+        cek = self._unwrap(providers, accept)
         try:
             return self._decrypt(cek)
         finally:
             wipe(cek)
 
-    def add_recipients(self, providers: Sequence[KeyProvider], keys: Sequence[RecipientKey]) -> bytes:
+    def add_recipients(
+        self,
+        providers: Sequence[KeyProvider],
+        keys: Sequence[RecipientKey],
+        accept: Callable[[KeyProvider], None] | None = None,
+    ) -> bytes:
         """A new keyring with `keys` as further recipients; the payload stays sealed as it is.
 
         Raises: ConflictError where one is a recipient already; MissingKeyError and UsageError for none or too many;
         KeyFileError for a key that cannot encrypt; as `open`.
         """
-        cek = self._unwrap(providers)
+        cek = self._unwrap(providers, accept)
         try:
             # A CEK that does not open the payload would make a keyring that nobody can open by the new recipients.
             wipe(self._decrypt(cek))
@@ -112,7 +118,7 @@ class Keyring:
         """Whether a post-quantum recipient stands beside one that is not: worth a warning."""
         return _recipients.mixes_post_quantum(self.recipients)
 
-    def _unwrap(self, providers: Sequence[KeyProvider]) -> bytearray:
+    def _unwrap(self, providers: Sequence[KeyProvider], accept: Callable[[KeyProvider], None] | None) -> bytearray:
         if not providers:
             raise MissingKeyError("no key was given to open the artifact", hint="pass one with -k KEYURI")
         failures: list[EncfsError] = []
@@ -123,6 +129,12 @@ class Keyring:
                 failures.append(error)
                 continue
             if len(cek) == CEK_SIZE:
+                try:
+                    if accept is not None:
+                        accept(provider)
+                except BaseException:
+                    wipe(cek)
+                    raise
                 return cek
             wipe(cek)
             failures.append(WrongKeyError(f"{provider.uri} gave a key of {len(cek)} bytes"))

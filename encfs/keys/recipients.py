@@ -139,7 +139,7 @@ def wrap(cek: bytearray, key: RecipientKey, content_digest: str) -> dict[str, ob
                 return _entry(HPKE, key.kid, {}, key.encrypt_hpke(cek, _hpke_info(content_digest)))
             ephemeral = jwk.private_key(_ephemeral(key))
             epk = jwk.public_members(ephemeral.public.handle)
-            return _entry(ECDH, key.kid, {"epk": epk}, _wrap_once(_agree(ephemeral.exchange(key)), cek))
+            return _entry(ECDH, key.kid, {"epk": epk}, _wrap_once(agreed_kek(ephemeral.exchange(key)), cek))
 
 
 def unwrap_with_key(
@@ -200,7 +200,7 @@ def _first(fitting: Sequence[Recipient], unwrap: Callable[[Recipient], bytes], n
 
 def _unwrap_asymmetric(key: UnwrappingKey, recipient: Recipient, content_digest: str) -> bytes:
     if recipient.epk is not None:
-        return _unwrap_once(_agree(key.exchange(recipient.epk)), recipient.encrypted_key)
+        return _unwrap_once(agreed_kek(key.exchange(recipient.epk)), recipient.encrypted_key)
     if recipient.alg == RSA:
         return key.decrypt_oaep(recipient.encrypted_key)
     return key.decrypt_hpke(recipient.encrypted_key, _hpke_info(content_digest))
@@ -278,7 +278,7 @@ def _unwrap_once(kek: bytearray, wrapped: bytes) -> bytes:
         wipe(kek)
 
 
-def _agree(shared: bytes) -> bytearray:
+def agreed_kek(shared: bytes) -> bytearray:
     """The key-encryption key of ECDH-ES+A256KW: Concat KDF with empty PartyUInfo and PartyVInfo (RFC 7518, 4.6.2)."""
     algorithm = ECDH.encode("ascii")
     other = struct.pack(f">I{len(algorithm)}sIII", len(algorithm), algorithm, 0, 0, 8 * CEK_SIZE)

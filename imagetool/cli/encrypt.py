@@ -24,7 +24,7 @@ RecipientsOption = Annotated[
         "-r",
         "--recipient",
         metavar="KEY",
-        help="Encrypt to this key (JWK or PEM file). Repeatable.",
+        help="Encrypt to this key: a JWK or PEM file, or the kbs: URI of a key to fetch. Repeatable.",
         show_default=False,
     ),
 ]
@@ -139,13 +139,14 @@ def recipient_keys(
     """The keys to encrypt to; secrets among them are wiped at the end. Raises: KeyFileError, NotFoundError."""
     from encfs.keys.files import load_recipient_key
     from encfs.keys.jwk import PublicKey
+    from encfs.keys.providers import fetched_key
     from encfs.keys.providers.passphrase import read_passphrase
     from encfs.keys.recipients import mixes_post_quantum
 
     with ExitStack() as stack:
         keys: list[RecipientKey] = []
         for path in paths:
-            key = load_recipient_key(path)
+            key = fetched_key(path) if path.startswith("kbs:") else load_recipient_key(path)
             if not isinstance(key, PublicKey):
                 stack.callback(key.wipe)
             keys.append(key)

@@ -55,7 +55,7 @@ def add_recipients(
     """Wrap the artifact's content-encryption key for more recipients. Raises: as `sign_artifact`, and key errors."""
     artifact = load_artifact(source)
     artifact.check_trust(trust)
-    content = artifact.keyring.add_recipients(keys, recipients)
+    content = artifact.keyring.add_recipients(keys, recipients, artifact.check_key)
     return _put(sink, artifact, sink.write_blob(content, KEYRING_TYPE), artifact.index.signatures, tag)
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 from encfs.errors import KeyFileError, KeyProviderError
 from encfs.keys.recipients import Recipient
+from encfs.keys.secrets import SymmetricKey
 from encfs.strictjson import show_name
+from encfs.trust import KeyBinding
 
 ENTRY_POINT_GROUP = "encfs.key_providers"
 
@@ -42,6 +44,23 @@ class KeyProvider(Protocol):
         """Forget every secret; harmless when called again."""
 
 
+@runtime_checkable
+class BoundProvider(Protocol):
+    """A provider whose key may come with refusals: they hold for every artifact that it opens."""
+
+    @property
+    def binding(self) -> KeyBinding:
+        """What came with the key that unwrapped last."""
+
+
+@runtime_checkable
+class FetchingProvider(Protocol):
+    """A provider that can hand out its key-encryption key, for whoever encrypts to it."""
+
+    def fetch(self) -> SymmetricKey:
+        """The key, a copy that the caller wipes. Raises: KeyFileError, KeyProviderError."""
+
+
 ProviderFactory = Callable[[str], KeyProvider]
 
 
@@ -53,6 +72,20 @@ def provider_from_uri(uri: str) -> KeyProvider:
     match = _SCHEME.fullmatch(uri)
     scheme, rest = (match[1], match[2]) if match else ("file", uri)
     return _factory(scheme)(rest)
+
+
+def fetched_key(uri: str) -> SymmetricKey:
+    """The key-encryption key that a key service gives out under `uri`, for encrypting to it; the caller wipes it.
+
+    Raises: as `provider_from_uri` and the provider's `fetch`; KeyFileError where the scheme hands no key out.
+    """
+    provider = provider_from_uri(uri)
+    try:
+        if not isinstance(provider, FetchingProvider):
+            raise KeyFileError(f"{provider.uri} hands no key out to encrypt to", hint="give a key file")
+        return provider.fetch()
+    finally:
+        provider.close()
 
 
 def known_schemes() -> tuple[str, ...]:

@@ -1,0 +1,143 @@
+"""The encryption of a resource to a session's key: flattened JWE (RFC 7516, section 7.2.2), enc A256GCM.
+
+| `alg` | session key | `encrypted_key` |
+|---|---|---|
+| `ECDH-ES+A256KW` (RFC 7518, 4.6), `epk` in the protected header | P-256, P-384 | 40 bytes |
+| `RSA-OAEP-256` (4.3) | RSA | as long as the modulus |
+
+The protected header is the associated data. `epk` may also stand in the unprotected `header`, where other JOSE
+libraries put it: another one there opens nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap, aes_key_wrap
+
+from encfs.encoding import b64url_decode, b64url_encode
+from encfs.errors import FormatError, IntegrityError, KeyFileError
+from encfs.keys import jwk, jwkjson
+from encfs.keys.jwk import KeyKind, PrivateKey, PublicKey
+from encfs.keys.recipients import CEK_SIZE, ECDH, RSA, agreed_kek
+from encfs.keys.secrets import wipe
+from encfs.strictjson import loads_object
+
+_ENC = "A256GCM"
+_IV_SIZE, _TAG_SIZE = 12, 16
+_MAX_HEADER = 8 << 10
+_MAX_RSA_BYTES = jwk.MAX_RSA_BITS // 8
+_RSA_BITS = 3072
+_ALGORITHMS: Mapping[KeyKind, str] = {KeyKind.P256: ECDH, KeyKind.P384: ECDH, KeyKind.RSA: RSA}
+
+
+def session_key(*, use_rsa: bool = False) -> PrivateKey:
+    """A fresh key pair for one session: P-256, or RSA for servers that know nothing else."""
+    if use_rsa:
+        return jwk.private_key(rsa.generate_private_key(65537, _RSA_BITS))
+    return jwk.private_key(ec.generate_private_key(ec.SECP256R1()))
+
+
+def public_members(key: PublicKey) -> dict[str, str]:
+    """The public JWK as the protocol carries it: `kty`, `alg` and the numbers, nothing else."""
+    return jwk.public_members(key.handle) | {"alg": _ALGORITHMS[key.kind]}
+
+
+def parse_public(members: object) -> PublicKey:
+    """The session key of an untrusted message. Raises: FormatError."""
+    if not isinstance(members, dict):
+        raise FormatError("tee-pubkey is not a JSON object")
+    if members.get("alg") not in (ECDH, RSA):
+        raise FormatError(f"tee-pubkey has an alg that is not supported; {ECDH} and {RSA} are")
+    if len(members) > 5 or not all(isinstance(value, str) for value in members.values()):
+        raise FormatError("tee-pubkey has members that do not belong to a public key")
+    try:
+        key = jwkjson.key_from_jwk(members)
+    except KeyFileError as error:
+        raise FormatError(f"tee-pubkey {error.message}") from None
+    if not isinstance(key, PublicKey) or key.kind not in _ALGORITHMS:
+        raise FormatError("tee-pubkey is no public EC or RSA key")
+    return key
+
+
+def encrypt(content: bytes | bytearray, key: PublicKey) -> dict[str, str]:
+    """The members of the JWE that only the holder of the session's private key opens."""
+    cek = bytearray(os.urandom(CEK_SIZE))
+    header: dict[str, object] = {"alg": _ALGORITHMS[key.kind], "enc": _ENC}
+    try:
+        if isinstance(key.handle, ec.EllipticCurvePublicKey):
+            ephemeral = jwk.private_key(ec.generate_private_key(key.handle.curve))
+            header["epk"] = jwk.public_members(ephemeral.public.handle)
+            kek = agreed_kek(ephemeral.exchange(key))
+            wrapped = aes_key_wrap(kek, cek)
+            wipe(kek)
+        else:
+            wrapped = key.encrypt_oaep(cek)
+        protected = b64url_encode(json.dumps(header, separators=(",", ":")).encode())
+        iv = os.urandom(_IV_SIZE)
+        sealed = AESGCM(cek).encrypt(iv, content, protected.encode("ascii"))
+    finally:
+        wipe(cek)
+    return {
+        "protected": protected,
+        "encrypted_key": b64url_encode(wrapped),
+        "iv": b64url_encode(iv),
+        "ciphertext": b64url_encode(sealed[:-_TAG_SIZE]),
+        "tag": b64url_encode(sealed[-_TAG_SIZE:]),
+    }
+
+
+def decrypt(document: Mapping[str, object], key: PrivateKey) -> bytearray:
+    """The content, to be wiped by the caller. Further members at the top are ignored (Trustee writes empty ones).
+
+    Raises: FormatError; IntegrityError where it was altered or is for another key.
+    """
+    protected = document.get("protected")
+    header_text = b64url_decode(protected, "the JWE's protected header")
+    header = loads_object(header_text, limit=_MAX_HEADER, what="the JWE's protected header")
+    if header.get("alg") != _ALGORITHMS[key.kind] or header.get("enc") != _ENC or {"zip", "crit"} & set(header):
+        raise FormatError("the JWE's algorithms are not those of the session")
+    wrapped = b64url_decode(document.get("encrypted_key"), "the JWE's encrypted_key")
+    iv = b64url_decode(document.get("iv"), "the JWE's iv")
+    ciphertext = b64url_decode(document.get("ciphertext"), "the JWE's ciphertext")
+    tag = b64url_decode(document.get("tag"), "the JWE's tag")
+    if len(iv) != _IV_SIZE or len(tag) != _TAG_SIZE or len(wrapped) > _MAX_RSA_BYTES:
+        raise FormatError("the JWE has members of the wrong length")
+    content = bytearray(len(ciphertext))
+    cek = bytearray()
+    try:
+        cek += _unwrap(header, document.get("header"), wrapped, key)
+        _require_size(cek)
+        AESGCM(cek).decrypt_into(iv, ciphertext + tag, str(protected).encode("ascii"), content)
+    except (InvalidTag, InvalidUnwrap, ValueError):
+        wipe(content)
+    else:
+        return content
+    finally:
+        wipe(cek)
+    raise IntegrityError("the resource was altered on its way, or is not for this session")
+
+
+def _require_size(cek: bytearray) -> None:
+    if len(cek) != CEK_SIZE:
+        raise ValueError("not an AES-256 key")
+
+
+def _unwrap(header: Mapping[str, object], unprotected: object, wrapped: bytes, key: PrivateKey) -> bytes:
+    if key.kind is KeyKind.RSA:
+        return key.decrypt_oaep(wrapped)
+    if header.keys() & {"apu", "apv"}:
+        raise FormatError("the JWE names its parties, which this protocol does not")
+    epk = header.get("epk")
+    if epk is None and isinstance(unprotected, dict):
+        epk = unprotected.get("epk")
+    kek = agreed_kek(key.exchange(jwkjson.agreement_key_from_jwk(epk)))
+    try:
+        return aes_key_unwrap(kek, wrapped)
+    finally:
+        wipe(kek)

@@ -1,0 +1,139 @@
+"""`kbs:https://HOST[:PORT]/REPOSITORY/TYPE/TAG[?OPTION&…]`: a key that a key broker releases to this TEE.
+
+| option | |
+|---|---|
+| `url=URL` | another broker that serves the same keys; repeatable |
+| `ca=FILE` | PEM file of the authorities that may have issued the brokers' certificates, and no others |
+| `tee=NAME` | where the evidence comes from; `auto` by default |
+| `timeout=SECONDS` | for everything, 60 by default |
+
+`kbs:///REPOSITORY/TYPE/TAG?url=URL` is the same with every broker in an option. The path is never taken from the
+artifact: whoever can open it could name another key there, one that comes without its refusals.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from urllib.parse import parse_qsl, urlsplit
+
+from encfs.errors import FormatError, KeyFileError
+from encfs.kbs.client import DEFAULT_TIMEOUT, KbsOptions, fetch_resource
+from encfs.kbs.evidence import AUTOMATIC, check_tee, evidence_source
+from encfs.kbs.protocol import ResourcePath, parse_path
+from encfs.kbs.resource import ReleasedKey, parse_resource
+from encfs.keys.recipients import Recipient, unwrap_with_key
+from encfs.keys.secrets import SymmetricKey, wipe
+from encfs.strictjson import show_name
+from encfs.trust import KeyBinding
+from encfs.webclient import Address, parse_address
+
+_HINT = "write kbs:https://HOST:PORT/REPOSITORY/TYPE/TAG, with ?ca=FILE behind it for a private authority"
+_MAX_URI = 4096
+_MAX_ADDRESSES = 16
+_LONGEST_TIMEOUT = 3600
+
+_logger = logging.getLogger(__name__)
+
+
+class KbsProvider:
+    """Unwraps with a key that a broker released; keeps it until `close`, since releases are counted."""
+
+    def __init__(self, rest: str) -> None:
+        self._options, self._path, self._tee = _parse(rest)
+        self._released: ReleasedKey | None = None
+
+    @property
+    def uri(self) -> str:
+        return self._path.uri
+
+    @property
+    def binding(self) -> KeyBinding:
+        return self._released.binding if self._released is not None else KeyBinding()
+
+    def unwrap(self, recipients: Sequence[Recipient], content_digest: str) -> bytearray:
+        return unwrap_with_key(self._release(content_digest).key, recipients, content_digest, self.uri)
+
+    def fetch(self) -> SymmetricKey:
+        key = self._release(None).key
+        if not isinstance(key, SymmetricKey):
+            raise KeyFileError(f"{self.uri} holds a private key: encrypt to its public half instead")
+        return SymmetricKey(bytearray(key.secret), self.uri)
+
+    def close(self) -> None:
+        if self._released is not None:
+            self._released.wipe()
+        self._released = None
+
+    def _release(self, content_digest: str | None) -> ReleasedKey:
+        if self._released is None:
+            if any(address.scheme == "http" for address in self._options.addresses):
+                _logger.warning(
+                    "the key broker is asked without TLS: the key stays secret, but anyone on the way can withhold the "
+                    "refusals that come with it"
+                )
+            source = evidence_source(self._tee)
+            content = fetch_resource(self._options, self._path, source, content_digest=content_digest)
+            try:
+                self._released = parse_resource(content, self.uri)
+            finally:
+                wipe(content)
+        return self._released
+
+
+def _parse(rest: str) -> tuple[KbsOptions, ResourcePath, str]:
+    if len(rest) > _MAX_URI or not rest.isascii() or not rest.isprintable():
+        raise KeyFileError("the kbs: URI is too long or holds characters that do not belong there", hint=_HINT)
+    front, _, query = rest.partition("?")
+    addresses: list[Address] = []
+    if front.startswith("///"):
+        text = front[3:]
+    else:
+        # The last three names are the resource's; whatever stands before them is the broker's own path.
+        head, *names = front.rsplit("/", 3)
+        text = "/".join(names)
+        if len(names) != 3 or not urlsplit(head).netloc:
+            raise KeyFileError("the kbs: URI has no host, or no path of three names", hint=_HINT)
+        addresses.append(parse_address(head))
+    try:
+        path = parse_path(text)
+    except FormatError as error:
+        raise KeyFileError(error.message, hint=_HINT) from None
+    ca_file: str | None = None
+    tee, timeout = AUTOMATIC, DEFAULT_TIMEOUT
+    for name, value in _pairs(query):
+        match name:
+            case "url":
+                addresses.append(parse_address(value))
+            case "ca":
+                ca_file = value
+            case "tee":
+                tee = check_tee(value)
+            case "timeout":
+                timeout = _seconds(value)
+            case _:
+                raise KeyFileError(f"the kbs: URI has the option {show_name(name)}, which is not known", hint=_HINT)
+    if not 0 < len(addresses) <= _MAX_ADDRESSES:
+        raise KeyFileError(
+            f"the kbs: URI names no broker, or more than {_MAX_ADDRESSES}", hint="add ?url=https://HOST:PORT"
+        )
+    return KbsOptions(tuple(addresses), ca_file, timeout), path, tee
+
+
+def _pairs(query: str) -> list[tuple[str, str]]:
+    if not query:
+        return []
+    try:
+        pairs = parse_qsl(query, strict_parsing=True, max_num_fields=32, errors="strict")
+    except ValueError:
+        raise KeyFileError("the options of the kbs: URI are malformed", hint=_HINT) from None
+    once = [name for name, _ in pairs if name != "url"]
+    if len(set(once)) != len(once):
+        raise KeyFileError("the kbs: URI has an option twice", hint="only url may be repeated")
+    return pairs
+
+
+def _seconds(text: str) -> float:
+    if text.isascii() and text.isdecimal() and len(text) < 6 and 0 < int(text) <= _LONGEST_TIMEOUT:
+        return float(text)
+    raise KeyFileError(f"timeout={text[:16]!a} is not 1 to {_LONGEST_TIMEOUT} seconds")

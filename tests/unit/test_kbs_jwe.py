@@ -1,0 +1,85 @@
+"""The encryption of resources, judged by another JOSE implementation; and what came with a key."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from jwcrypto import jwe as peer_jwe
+from jwcrypto import jwk as peer_jwk
+
+from encfs.errors import FormatError, IntegrityError, PinError, RollbackError, WrongIdError
+from encfs.kbs import jwe
+from encfs.kbs.protocol import parse_path
+from encfs.kbs.resource import parse_resource, resource_document
+from encfs.keys.jwk import PrivateKey, generate_key
+from encfs.keys.jwkjson import private_jwk
+from encfs.trust import KeyBinding, check_binding
+
+DIGEST, OTHER = "sha256:" + "1" * 64, "sha256:" + "2" * 64
+
+
+def session(kind: str) -> PrivateKey:
+    key = generate_key(kind)
+    assert isinstance(key, PrivateKey)
+    return key
+
+
+@pytest.mark.parametrize("kind", ["p256", "p384", "rsa3072"])
+def test_another_implementation_decrypts_what_we_encrypt(kind: str) -> None:
+    key = session(kind)
+    document = jwe.encrypt(b"resource", jwe.parse_public(jwe.public_members(key.public)))
+    token = peer_jwe.JWE()
+    token.deserialize(json.dumps(document), peer_jwk.JWK(**private_jwk(key)))
+    assert token.payload == b"resource"
+    assert bytes(jwe.decrypt(document, key)) == b"resource"
+
+
+def test_another_session_opens_nothing() -> None:
+    document = jwe.encrypt(b"resource", session("p256").public)
+    with pytest.raises(IntegrityError, match="not for this session"):
+        jwe.decrypt(document, session("p256"))
+
+
+def test_a_private_key_is_no_session_key() -> None:
+    members = private_jwk(session("p256")) | {"alg": "ECDH-ES+A256KW"}
+    members.pop("kid")
+    with pytest.raises(FormatError, match="members"):
+        jwe.parse_public(members)
+
+
+@pytest.mark.parametrize("members", [None, [], {}, {"kty": "EC"}, {"alg": "RSA1_5"}, {"alg": "ECDH-ES+A256KW"}])
+def test_malformed_session_keys(members: object) -> None:
+    with pytest.raises(FormatError, match="tee-pubkey"):
+        jwe.parse_public(members)
+
+
+@pytest.mark.parametrize("path", ["", "a/b", "a/b/c/d", "../b/c", "a//c", "a/b/c?d", "a/b/ c", "a/b/" + "c" * 200])
+def test_malformed_paths(path: str) -> None:
+    with pytest.raises(FormatError, match="not a resource's path"):
+        parse_path(path)
+
+
+def test_refusals_travel_with_a_key() -> None:
+    binding = KeyBinding(artifact_id="acme/chat", min_version=3, pins=(DIGEST,))
+    released = parse_resource(resource_document(bytes(32), binding), "it")
+    assert released.binding == binding
+    assert "0" * 8 not in repr(released)
+
+
+@pytest.mark.parametrize(
+    ("binding", "error"),
+    [
+        (KeyBinding(pins=(OTHER,)), PinError),
+        (KeyBinding(artifact_id="acme/other"), WrongIdError),
+        (KeyBinding(min_version=4), RollbackError),
+    ],
+)
+def test_what_came_with_a_key_refuses(binding: KeyBinding, error: type[Exception]) -> None:
+    with pytest.raises(error, match="kbs:///a/b/c"):
+        check_binding(binding, content_digest=DIGEST, artifact_id="acme/chat", version=3, key_name="kbs:///a/b/c")
+
+
+def test_what_it_allows() -> None:
+    for binding in (KeyBinding(), KeyBinding(artifact_id="acme/chat", min_version=3, pins=(OTHER, DIGEST))):
+        check_binding(binding, content_digest=DIGEST, artifact_id="acme/chat", version=3, key_name="k")
