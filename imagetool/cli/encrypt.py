@@ -24,7 +24,7 @@ RecipientsOption = Annotated[
         "-r",
         "--recipient",
         metavar="KEY",
-        help="Encrypt to this key: a JWK or PEM file, or the kbs: URI of a key to fetch. Repeatable.",
+        help="Encrypt to this key: a JWK or PEM file, or the kbs: or cdh: URI of a key to fetch. Repeatable.",
         show_default=False,
     ),
 ]
@@ -146,7 +146,7 @@ def recipient_keys(
     with ExitStack() as stack:
         keys: list[RecipientKey] = []
         for path in paths:
-            key = fetched_key(path) if path.startswith("kbs:") else load_recipient_key(path)
+            key = fetched_key(path) if path.startswith(("kbs:", "cdh:")) else load_recipient_key(path)
             if not isinstance(key, PublicKey):
                 stack.callback(key.wipe)
             keys.append(key)

@@ -1,0 +1,95 @@
+"""`cdh:REPOSITORY/TYPE/TAG[?port=N]`: a key from the Confidential Data Hub of this guest (Confidential Containers).
+
+The hub listens on the loopback interface, attests to the key broker that the guest was configured with, and gives the
+resource in clear: to everything in this guest's network namespace. Sealed secrets are not read here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from encfs.errors import FormatError, KeyFileError, KeyProviderError, TransportError
+from encfs.kbs.protocol import MAX_RESOURCE, ResourcePath, parse_path
+from encfs.kbs.resource import ReleasedKey, parse_resource
+from encfs.keys.recipients import Recipient, unwrap_with_key
+from encfs.keys.secrets import SymmetricKey, wipe
+from encfs.trust import KeyBinding
+from encfs.webclient import Address, Deadline, WebClient
+
+#: Where api-server-rest listens.
+HOST, PORT = "127.0.0.1", 8006
+#: Seconds: the hub attests before it answers.
+TIMEOUT = 60.0
+_HINT = "write cdh:REPOSITORY/TYPE/TAG"
+
+
+class CdhProvider:
+    """Unwraps with a key that the hub fetched; keeps it until `close`."""
+
+    def __init__(self, rest: str) -> None:
+        self._path, self._port = _parse(rest)
+        self._released: ReleasedKey | None = None
+
+    @property
+    def uri(self) -> str:
+        return f"cdh:{self._path}"
+
+    @property
+    def binding(self) -> KeyBinding:
+        return self._released.binding if self._released is not None else KeyBinding()
+
+    def unwrap(self, recipients: Sequence[Recipient], content_digest: str) -> bytearray:
+        if self._released is None:
+            self._released = self._fetch()
+        return unwrap_with_key(self._released.key, recipients, content_digest, self.uri)
+
+    def fetch(self) -> SymmetricKey:
+        if self._released is None:
+            self._released = self._fetch()
+        if not isinstance(self._released.key, SymmetricKey):
+            raise KeyFileError(f"{self.uri} holds a private key: encrypt to its public half instead")
+        return SymmetricKey(bytearray(self._released.key.secret), self._path.uri)
+
+    def close(self) -> None:
+        if self._released is not None:
+            self._released.wipe()
+        self._released = None
+
+    def _fetch(self) -> ReleasedKey:
+        address = Address("http", HOST, self._port, "")
+        try:
+            with WebClient(address, Deadline(TIMEOUT)) as client:
+                answer = client.exchange("GET", f"/cdh/resource/{self._path}", limit=MAX_RESOURCE)
+        except TransportError as error:
+            raise KeyProviderError(
+                f"the Confidential Data Hub gives no answer: {error.message}",
+                hint="is this a confidential container with api-server-rest on?",
+            ) from None
+        if answer.status != 200:
+            # 404 where the feature is off, 500 for whatever went wrong behind it.
+            raise KeyProviderError(
+                f"the Confidential Data Hub refused {self.uri} with status {answer.status}",
+                hint="its log, and the key broker's, say why",
+            )
+        content = bytearray(answer.body)
+        try:
+            return parse_resource(content, self.uri)
+        finally:
+            wipe(content)
+
+
+def _parse(rest: str) -> tuple[ResourcePath, int]:
+    name, separator, option = rest.partition("?")
+    port = PORT
+    if separator:
+        number = option.removeprefix("port=")
+        if number == option or not (number.isascii() and number.isdecimal() and len(number) < 6):
+            raise KeyFileError("the cdh: URI has an option other than port=N", hint=_HINT)
+        port = int(number)
+    try:
+        path = parse_path(name)
+    except FormatError as error:
+        raise KeyFileError(error.message, hint=_HINT) from None
+    if not 0 < port < 1 << 16:
+        raise KeyFileError(f"{port} is no port", hint=_HINT)
+    return path, port
