@@ -1,0 +1,1 @@
+"""Container images as artifacts: what is particular to them. Not here: mounting, encrypting, registries."""
