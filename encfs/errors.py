@@ -16,7 +16,8 @@ bug.
     |- KeyFileError                20   a key file or key URI is malformed or unusable
     |- MissingKeyError             21   no key was given where one is needed
     |- WrongKeyError               22   the keys that were given open no recipient
-    |- KeyProviderError            23   a key provider failed or refused
+    |- KeyProviderError            23   a key provider failed or is not available
+    |  `- KeyRefusedError          24   it refuses: measurements, policy or counter are not those agreed
     |- TrustError                  30   base of the refusals below
     |  |- UnsignedError            30   no signature, and nothing pinned
     |  |- WrongSignerError         31   signed, but by no trusted key
@@ -131,9 +132,15 @@ class WrongKeyError(EncfsError):
 
 
 class KeyProviderError(EncfsError):
-    """A key provider failed, refused or is not available on this machine."""
+    """A key provider failed or is not available on this machine."""
 
     exit_code = 23
+
+
+class KeyRefusedError(KeyProviderError):
+    """A key provider refused: measurements, policy or counter are not those agreed upon."""
+
+    exit_code = 24
 
 
 class TrustError(EncfsError):

@@ -142,8 +142,11 @@ def write_key_files(key: PrivateKey | SymmetricKey, path: str | os.PathLike[str]
     return private, public
 
 
-def _create(path: Path, members: dict[str, str], mode: int) -> None:
-    content = bytearray(json.dumps(members, indent=2).encode() + b"\n")
+def create_file(path: str | os.PathLike[str], content: bytearray, mode: int) -> None:
+    """Write a new file that was not there, durably; `content` is wiped in any case.
+
+    Raises: ConflictError where it exists, NotFoundError, StorageError.
+    """
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
         try:
@@ -152,7 +155,7 @@ def _create(path: Path, members: dict[str, str], mode: int) -> None:
                 file.write(content)
                 os.fsync(file.fileno())
         except BaseException:
-            path.unlink()
+            os.unlink(path)
             raise
     except FileExistsError:
         raise ConflictError(
@@ -164,6 +167,10 @@ def _create(path: Path, members: dict[str, str], mode: int) -> None:
         raise StorageError(f"cannot write {path}: {error.strerror}") from None
     finally:
         wipe(content)
+
+
+def _create(path: Path, members: dict[str, str], mode: int) -> None:
+    create_file(path, bytearray(json.dumps(members, indent=2).encode() + b"\n"), mode)
 
 
 def _load(path: str | os.PathLike[str]) -> Key:
