@@ -137,7 +137,7 @@ def test_a_locked_out_tpm_says_so(tpm: SoftwareTpm, tmp_path: Path) -> None:
 def test_no_tpm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("TPM2TOOLS_TCTI", raising=False)
     monkeypatch.setenv("TSS2_TCTI", f"device:{tmp_path}/none")
-    with pytest.raises(KeyProviderError, match="there is no TPM to use: .*/none does not exist"):
+    with pytest.raises(KeyProviderError, match=r"there is no TPM to use: .*/none does not exist"):
         create_attestation_key()
     monkeypatch.setenv("TPM2TOOLS_TCTI", f"swtpm:path={tmp_path}/none")
     with pytest.raises(KeyProviderError, match="does not answer"):
