@@ -91,6 +91,7 @@ class Quote:
     kind: EvidenceKind
     version: int
     attestation_key_type: int
+    vendor_id: bytes
     body: dict[str, Any]
     signed: bytes = field(repr=False)
     signature_data: bytes = field(repr=False)
@@ -134,4 +135,12 @@ def parse_quote(data: bytes) -> Quote:
     signature_data = data[end + 4 : end + 4 + size]
     if len(data) < end + 4 or len(signature_data) != size:
         raise FormatError("the quote is cut short")
-    return Quote(kind, version, header["attestation_key_type"], body, data[:end], signature_data)
+    return Quote(
+        kind=kind,
+        version=version,
+        attestation_key_type=header["attestation_key_type"],
+        vendor_id=header["qe_vendor_id"],
+        body=body,
+        signed=data[:end],
+        signature_data=signature_data,
+    )

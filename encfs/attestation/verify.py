@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from encfs.attestation import snp
+from encfs.attestation import dcap, snp
 from encfs.attestation.evidence import Endorsements, Evidence, EvidenceKind
 from encfs.attestation.findings import Findings
 from encfs.attestation.parsing import parse_evidence, recognise
 from encfs.attestation.policy import EvidencePolicy
+from encfs.attestation.quotes import parse_quote
 from encfs.attestation.verdict import Code, Verdict
 
 __all__ = ["recognise", "verify_evidence"]
@@ -56,5 +57,9 @@ def _check(
             report = snp.parse_report(evidence.content)
             snp.check_report(findings, report, endorsements.certificates, policy, now)
             snp.check_report_data(findings, report, policy)
+        case EvidenceKind.TDX | EvidenceKind.SGX:
+            quote = parse_quote(evidence.content)
+            dcap.check_quote(findings, evidence.content, quote, endorsements, policy, now)
+            dcap.check_report_data(findings, quote, policy)
         case _:
             findings.refuse(Code.UNSUPPORTED, f"evidence of the kind {evidence.kind} is not supported yet")

@@ -1,0 +1,125 @@
+"""SGX and TDX quotes: genuine ones verify with collateral of their day, every other one is refused for its reason."""
+
+from __future__ import annotations
+
+import struct
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from encfs.attestation.evidence import Endorsements, Evidence, EvidenceKind
+from encfs.attestation.kbs import from_kbs_evidence, to_kbs_evidence
+from encfs.attestation.policy import EvidencePolicy
+from encfs.attestation.verdict import Verdict
+from encfs.attestation.verify import verify_evidence
+from encfs.errors import FormatError
+
+EVIDENCE = Path(__file__).parents[2] / "fixtures" / "evidence"
+NOW = datetime(2025, 6, 20, tzinfo=UTC)
+LENIENT = EvidencePolicy(allow_missing_collateral=True)
+
+
+def load(name: str) -> bytes:
+    return (EVIDENCE / name).read_bytes()
+
+
+TDX, TDX_COLLATERAL = load("tdx/quote-v4.dat"), load("tdx/quote-v4-collateral.json")
+SGX, SGX_COLLATERAL = load("sgx/quote-v3.dat"), load("sgx/quote-v3-collateral.json")
+
+
+def judge(
+    quote: bytes, collateral: bytes | None = None, policy: EvidencePolicy | None = None, now: datetime = NOW
+) -> Verdict:
+    return verify_evidence(quote, policy or EvidencePolicy(), endorsements=Endorsements(collateral=collateral), now=now)
+
+
+def test_a_genuine_tdx_quote_verifies() -> None:
+    verdict = judge(TDX, TDX_COLLATERAL)
+    assert verdict.accepted
+    assert verdict.kind == "tdx"
+    assert verdict.claims["tcb_status"] == "UpToDate"
+    assert verdict.claims["debug"] is False
+
+
+def test_the_tcb_status_decides() -> None:
+    assert judge(SGX, SGX_COLLATERAL).codes == ("tcb-status",)
+    allowed = EvidencePolicy(tcb_statuses=frozenset({"UpToDate", "ConfigurationAndSWHardeningNeeded"}))
+    assert judge(SGX, SGX_COLLATERAL, allowed).accepted
+
+
+@pytest.mark.parametrize("name", ["tdx/quote-v5.dat", "tdx/quote-v4.dat", "sgx/quote-v3.dat"])
+def test_without_collateral_only_when_that_is_allowed(name: str) -> None:
+    assert judge(load(name)).codes == ("missing",)
+    verdict = judge(load(name), policy=LENIENT)
+    assert verdict.accepted
+    assert {"tcb-status", "revoked"} <= {reason.code for reason in verdict.unchecked}
+
+
+@pytest.mark.parametrize("name", ["tdx/quote-v4-debug.dat", "sgx/quote-occlum.dat"])
+def test_debug_is_refused_unless_allowed(name: str) -> None:
+    assert judge(load(name), policy=LENIENT).codes == ("debug",)
+    assert judge(load(name), policy=EvidencePolicy(allow_missing_collateral=True, allow_debug=True)).accepted
+
+
+def test_collateral_must_be_current_and_of_this_platform() -> None:
+    assert judge(TDX, TDX_COLLATERAL, now=NOW + timedelta(days=40)).codes == ("expired",)
+    assert judge(TDX, TDX_COLLATERAL, now=NOW - timedelta(days=40)).codes == ("expired",)
+    assert judge(load("tdx/quote-v5.dat"), TDX_COLLATERAL).codes == ("collateral",)
+    assert judge(TDX, SGX_COLLATERAL).codes == ("collateral",)
+    for broken in (b"", b"{}", b"\xff", b"{" * 100, bytes((1 << 20) + 1)):
+        assert judge(TDX, broken).codes == ("collateral",)
+
+
+def test_what_a_policy_asks_must_hold() -> None:
+    mrtd = TDX[48 + 136 : 48 + 184]
+    good = EvidencePolicy(measurements=(mrtd,), report_data=TDX[48 + 520 : 48 + 584], rtmrs={3: (bytes(48),)})
+    assert judge(TDX, TDX_COLLATERAL, good).accepted
+    for bad, code in (
+        (EvidencePolicy(measurements=(bytes(48),)), "measurement"),
+        (EvidencePolicy(report_data=b"x"), "report-data"),
+        (EvidencePolicy(rtmrs={0: (bytes(48),)}), "rtmr"),
+        (EvidencePolicy(rtmrs={4: (bytes(48),)}), "rtmr"),
+        (EvidencePolicy(host_data=(b"\1" * 48,)), "host-data"),
+        (EvidencePolicy(signers=(bytes(32),)), "signer"),
+        (EvidencePolicy(min_svn=1), "svn"),
+    ):
+        assert judge(TDX, TDX_COLLATERAL, bad).codes == (code,)
+
+
+@settings(max_examples=150)
+@given(offset=st.integers(0, 48 + 584 - 1), bit=st.integers(0, 7))
+def test_no_bit_of_the_signed_part_can_be_changed(offset: int, bit: int) -> None:
+    changed = bytearray(TDX)
+    changed[offset] ^= 1 << bit
+    try:
+        verdict = judge(bytes(changed), policy=LENIENT)
+    except FormatError:
+        return
+    assert not verdict.accepted
+    if offset >= 48:
+        assert "signature" in verdict.codes
+
+
+@settings(max_examples=100)
+@given(size=st.integers(0, 4000))
+def test_truncated_quotes_are_refused(size: int) -> None:
+    with pytest.raises(FormatError):
+        judge(TDX[:size], policy=LENIENT)
+
+
+def test_an_oversized_length_is_refused() -> None:
+    changed = bytearray(TDX)
+    struct.pack_into("<I", changed, 48 + 584, 0xFFFFFFFF)
+    with pytest.raises(FormatError, match="cut short"):
+        judge(bytes(changed))
+    with pytest.raises(FormatError, match="more than"):
+        judge(TDX + bytes(64 << 10))
+
+
+def test_the_broker_protocols_form() -> None:
+    for tee, kind, quote in (("tdx", EvidenceKind.TDX, TDX), ("sgx", EvidenceKind.SGX, SGX)):
+        evidence = Evidence(kind, quote)
+        assert from_kbs_evidence(tee, to_kbs_evidence(evidence)) == evidence
