@@ -196,6 +196,8 @@ class Registry:
 
     def prefer_mounting(self, source: object) -> None:
         """Have blobs mounted from another repository of the same registry rather than uploaded."""
+        # A source behind a cache says by this which registry it is.
+        source = getattr(source, "origin", source)
         if isinstance(source, Registry) and source.reference.registry == self.reference.registry:
             self._mount_from = source.reference.repository
 

@@ -19,9 +19,9 @@ def open_source(reference: Reference, options: StoreOptions | None = None) -> Bl
         return Layout(reference.path, tag=reference.tag, digest=reference.digest)
     if reference.transport == "docker":
         # Imported here: a mount of a local layout needs no HTTP.
-        from encfs.oci.registry import Registry
+        from encfs.oci.cached import CachedSource
 
-        return Registry(reference, options)
+        return CachedSource(reference, options)
     raise _unfit(reference)
 
 
