@@ -87,6 +87,9 @@ def check_quote(
     else:
         _check_domain(findings, quote, policy)
     findings.require_absent(Code.CHIP, "chip id", policy.chip_ids)
+    findings.require_absent(Code.PCR, "PCRs", policy.pcrs)
+    findings.require_absent(Code.NONCE, "nonce of a token", () if policy.nonce is None else (policy.nonce,))
+    findings.require_absent(Code.ISSUER, "issuer", policy.issuers)
     findings.require_absent(Code.TCB, "SNP firmware versions", policy.tcb_floors)
 
 

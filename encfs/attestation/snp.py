@@ -334,6 +334,9 @@ def _check_guest(findings: Findings, report: SnpReport, policy: EvidencePolicy) 
         findings.refuse(Code.SVN, f"the guest's version (SVN) {report.guest_svn} is below the floor {policy.min_svn}")
     findings.require_absent(Code.PRODUCT, "product id", policy.product_ids)
     findings.require_absent(Code.RTMR, "run-time measurement registers", policy.rtmrs)
+    findings.require_absent(Code.PCR, "PCRs", policy.pcrs)
+    findings.require_absent(Code.NONCE, "nonce of a token", () if policy.nonce is None else (policy.nonce,))
+    findings.require_absent(Code.ISSUER, "issuer", policy.issuers)
 
 
 def _check_platform(

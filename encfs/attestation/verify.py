@@ -62,4 +62,4 @@ def _check(
             dcap.check_quote(findings, evidence.content, quote, endorsements, policy, now)
             dcap.check_report_data(findings, quote, policy)
         case _:
-            findings.refuse(Code.UNSUPPORTED, f"evidence of the kind {evidence.kind} is not supported yet")
+            findings.refuse(Code.UNSUPPORTED, f"evidence of the kind {evidence.kind} is not supported")

@@ -85,6 +85,8 @@ def test_what_a_policy_asks_must_hold() -> None:
         (EvidencePolicy(host_data=(b"\1" * 48,)), "host-data"),
         (EvidencePolicy(signers=(bytes(32),)), "signer"),
         (EvidencePolicy(min_svn=1), "svn"),
+        (EvidencePolicy(pcrs={7: (bytes(32),)}), "pcr"),
+        (EvidencePolicy(nonce="x"), "nonce"),
     ):
         assert judge(TDX, TDX_COLLATERAL, bad).codes == (code,)
 

@@ -99,6 +99,9 @@ def test_what_a_policy_asks_must_hold() -> None:
         ({"signers": (bytes(48),)}, "signer"),
         ({"kinds": frozenset({EvidenceKind.TDX})}, "kind"),
         ({"claims": {"smt": (False,)}}, "claim"),
+        ({"pcrs": {7: (bytes(32),)}}, "pcr"),
+        ({"nonce": "x"}, "nonce"),
+        ({"issuers": ("https://example",)}, "issuer"),
     ):
         assert judge(REPORT, VCEK, policy=replace(good, **change)).codes == tuple(code.split(","))  # type: ignore[arg-type]
 
