@@ -7,21 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from encfs.commandline import size_option
+from encfs.errors import UsageError
 from encfs.terminal import Terminal
 
 if TYPE_CHECKING:
     from encfs.artifact import Artifact
     from encfs.keys.providers import KeyProvider
     from encfs.oci.blobs import BlobSource
+    from encfs.oci.options import StoreOptions
     from encfs.trust import Origin, TrustPolicy
 
 ReferenceArgument = Annotated[
-    str, typer.Argument(metavar="REF", help="The artifact: oci:PATH[:TAG] or oci:PATH@sha256:….", show_default=False)
+    str,
+    typer.Argument(
+        metavar="REF",
+        help="The artifact: oci:PATH[:TAG], docker://HOST/REPOSITORY[:TAG], or with @sha256:… for the tag.",
+        show_default=False,
+    ),
 ]
 PathArgument = Annotated[
     str, typer.Argument(metavar="PATH", help="A path inside the artifact; its root if left out.", show_default=False)
@@ -108,23 +116,136 @@ class TrustOptions:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class RegistryOptions:
+    """How the registry of a docker:// reference is reached; a layout needs none of it."""
+
+    plain_http: Annotated[
+        bool, typer.Option("--plain-http", help="Talk to the registry without TLS; loopback is no exception.")
+    ] = False
+    ca_file: Annotated[
+        str | None,
+        typer.Option(
+            "--ca-file", metavar="FILE", help="Trust these authorities (PEM) for TLS, too.", show_default=False
+        ),
+    ] = None
+    cert_file: Annotated[
+        str | None,
+        typer.Option("--cert-file", metavar="FILE", help="Client certificate (PEM) for TLS.", show_default=False),
+    ] = None
+    key_file: Annotated[
+        str | None,
+        typer.Option(
+            "--key-file", metavar="FILE", help="Its key (PEM), where --cert-file has none.", show_default=False
+        ),
+    ] = None
+    io_timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--io-timeout",
+            metavar="SECONDS",
+            min=0.1,
+            max=86400,
+            help="How long to go on trying while nothing arrives.  [default: 60]",
+            show_default=False,
+        ),
+    ] = None
+    concurrency: Annotated[
+        int | None,
+        typer.Option(
+            "--concurrency",
+            metavar="N",
+            min=1,
+            max=64,
+            help="Requests at the same time.  [default: 4]",
+            show_default=False,
+        ),
+    ] = None
+
+    def store(self) -> StoreOptions:
+        """What `encfs.oci.store` takes. Raises: UsageError."""
+        from encfs.oci.options import DEFAULT_CONCURRENCY, DEFAULT_IO_TIMEOUT, StoreOptions
+
+        if self.key_file is not None and self.cert_file is None:
+            raise UsageError("--key-file is given without --cert-file", hint="name the certificate that it belongs to")
+        return StoreOptions(
+            ca_file=self.ca_file,
+            cert_file=self.cert_file,
+            key_file=self.key_file,
+            plain_http=self.plain_http,
+            io_timeout=DEFAULT_IO_TIMEOUT if self.io_timeout is None else self.io_timeout,
+            concurrency=DEFAULT_CONCURRENCY if self.concurrency is None else self.concurrency,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MirrorOptions(RegistryOptions):
+    """The same for commands that only read, and may read elsewhere."""
+
+    mirrors: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mirror",
+            metavar="URL",
+            help="Try this registry first: HOST[:PORT][/PREFIX] or its URL. Repeatable.",
+            show_default=False,
+        ),
+    ] = None
+
+    def store(self) -> StoreOptions:
+        """Raises: UsageError."""
+        return replace(RegistryOptions.store(self), mirrors=tuple(self.mirrors or ()))
+
+
+@dataclass(frozen=True, slots=True)
+class CacheOptions(MirrorOptions):
+    """The same for commands that read the content, and keep its ciphertext."""
+
+    cache_dir: Annotated[
+        str | None,
+        typer.Option(
+            "--cache-dir",
+            metavar="DIR",
+            help="Where ciphertext from registries is kept.  [default: encfs in the user's cache directory]",
+            show_default=False,
+        ),
+    ] = None
+    cache_size: Annotated[
+        int | None, size_option("--cache-size", help="How much of it is kept; 0 for none.", default="16GiB")
+    ] = None
+
+    def store(self) -> StoreOptions:
+        """Raises: UsageError."""
+        from encfs.oci.options import DEFAULT_CACHE_SIZE, default_cache_dir
+
+        size = DEFAULT_CACHE_SIZE if self.cache_size is None else self.cache_size
+        directory = self.cache_dir or default_cache_dir()
+        return replace(MirrorOptions.store(self), cache_dir=directory if size else None, cache_size=size)
+
+
 @contextmanager
-def opened_source(reference: str) -> Iterator[BlobSource]:
+def opened_source(reference: str, registry: RegistryOptions) -> Iterator[BlobSource]:
     """The store of a reference, closed at the end. Raises: UsageError, NotFoundError and others of the store."""
     from encfs.oci.reference import parse_reference
     from encfs.oci.store import open_source
 
-    with closing(open_source(parse_reference(reference))) as source:
+    with closing(open_source(parse_reference(reference), registry.store())) as source:
         yield source
 
 
 @contextmanager
 def opened_artifact(
-    terminal: Terminal, reference: str, keys: KeyOptions, trust: TrustOptions, *, cache_size: int | None = None
+    terminal: Terminal,
+    reference: str,
+    keys: KeyOptions,
+    trust: TrustOptions,
+    registry: RegistryOptions,
+    *,
+    memory: int | None = None,
 ) -> Iterator[Artifact]:
     """An accepted and unwrapped artifact, closed at the end; warns of what its origin leaves open.
 
-    Raises: as `encfs.artifact.open_artifact`.
+    `memory` is the plaintext that each volume may keep (bytes). Raises: as `encfs.artifact.open_artifact`.
     """
     from encfs.artifact import open_artifact
     from encfs.format.volume import DEFAULT_CACHE_SIZE
@@ -132,12 +253,12 @@ def opened_artifact(
     policy = trust.policy()
     with (
         keys.providers() as providers,
-        opened_source(reference) as source,
+        opened_source(reference, registry) as source,
         open_artifact(
             source,
             keys=providers,
             trust=policy,
-            cache_size=DEFAULT_CACHE_SIZE if cache_size is None else cache_size,
+            cache_size=DEFAULT_CACHE_SIZE if memory is None else memory,
             label=reference,
         ) as artifact,
     ):
@@ -160,6 +281,7 @@ def list_artifact(
     path: str,
     keys: KeyOptions,
     trust: TrustOptions,
+    registry: RegistryOptions,
     *,
     recursive: bool,
     long: bool,
@@ -169,7 +291,7 @@ def list_artifact(
 
     from encfs.browse import Listed, listing, open_image
 
-    with opened_artifact(terminal, reference, keys, trust) as artifact:
+    with opened_artifact(terminal, reference, keys, trust, registry) as artifact:
         entries = listing(open_image(artifact), os.fsencode(path), recursive=recursive)
 
         def shown(found: Iterable[Listed]) -> Iterator[tuple[dict[str, object], str]]:
@@ -180,7 +302,14 @@ def list_artifact(
         terminal.stream(head, "entries", shown(entries))
 
 
-def extract_artifact(terminal: Terminal, reference: str, directory: str, keys: KeyOptions, trust: TrustOptions) -> None:
+def extract_artifact(
+    terminal: Terminal,
+    reference: str,
+    directory: str,
+    keys: KeyOptions,
+    trust: TrustOptions,
+    registry: RegistryOptions,
+) -> None:
     """`imagetool decrypt` and `encfs extract`."""
     import time
     from pathlib import Path
@@ -191,7 +320,7 @@ def extract_artifact(terminal: Terminal, reference: str, directory: str, keys: K
     from encfs.units import format_duration, format_size
 
     started = time.monotonic()
-    with opened_artifact(terminal, reference, keys, trust) as artifact, terminal.progress() as progress:
+    with opened_artifact(terminal, reference, keys, trust, registry) as artifact, terminal.progress() as progress:
         image = open_image(artifact)
         ahead = ReadAhead(image.volume)
         try:

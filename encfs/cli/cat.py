@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from encfs.commandparts import KeyOptions, ReferenceArgument, TrustOptions, opened_artifact
+from encfs.commandparts import CacheOptions, KeyOptions, ReferenceArgument, TrustOptions, opened_artifact
 from encfs.errors import UsageError
 from encfs.terminal import Terminal
 
@@ -20,12 +20,13 @@ def command(
     ],
     keys: KeyOptions,
     trust: TrustOptions,
+    registry: CacheOptions,
 ) -> None:
     """Write one file of an artifact to standard output."""
     from encfs.browse import open_image, read_file
 
     if terminal.settings.json:
         raise UsageError("cat writes the file itself; there is nothing to print as JSON", hint="leave --json out")
-    with opened_artifact(terminal, reference, keys, trust) as artifact:
+    with opened_artifact(terminal, reference, keys, trust, registry) as artifact:
         for piece in read_file(open_image(artifact), os.fsencode(path)):
             terminal.write(piece)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from encfs.commandline import size_option
-from encfs.commandparts import KeyOptions, ReferenceArgument, TrustOptions, opened_artifact
+from encfs.commandparts import CacheOptions, KeyOptions, ReferenceArgument, TrustOptions, opened_artifact
 from encfs.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -23,9 +23,10 @@ def command(
     ],
     keys: KeyOptions,
     trust: TrustOptions,
+    registry: CacheOptions,
     foreground: Annotated[bool, typer.Option("--foreground", "-f", help="Stay, and log to standard error.")] = False,
-    cache_size: Annotated[
-        int | None, size_option("--cache-size", help="Plaintext that the daemon keeps, beside the kernel's page cache.")
+    memory: Annotated[
+        int | None, size_option("--memory", help="Plaintext that the daemon keeps, beside the kernel's page cache.")
     ] = None,
     allow_other: Annotated[bool, typer.Option("--allow-other", help="Let other users in.")] = False,
     suid: Annotated[bool, typer.Option("--suid", help="Honour set-uid bits and capabilities. Root only.")] = False,
@@ -54,7 +55,7 @@ def command(
         terminal.result(status.to_json(), [f"{reference} is mounted on {status.mountpoint}"])
         terminal.flush()
 
-    with opened_artifact(terminal, reference, keys, trust, cache_size=cache_size) as artifact:
+    with opened_artifact(terminal, reference, keys, trust, registry, memory=memory) as artifact:
         mount(
             single_volume(artifact),
             directory,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 from encfs import commandline
-from imagetool.cli import copy, decrypt, encrypt, inspect, keygen, ls, recipients, sign, verify
+from imagetool.cli import copy, decrypt, encrypt, inspect, keygen, ls, pull, push, recipients, sign, verify
 
 PROGRAM = "imagetool"
 
@@ -13,7 +13,7 @@ app = commandline.application(PROGRAM, "Make, check and manage encrypted artifac
 for _module in (keygen, encrypt, decrypt, inspect, ls, verify):
     commandline.add_module(app, _module)
 app.add_typer(recipients.app)
-for _module in (sign, copy):
+for _module in (sign, copy, push, pull):
     commandline.add_module(app, _module)
 
 

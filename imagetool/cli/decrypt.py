@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from encfs.commandparts import KeyOptions, ReferenceArgument, TargetArgument, TrustOptions, extract_artifact
+from encfs.commandparts import (
+    CacheOptions,
+    KeyOptions,
+    ReferenceArgument,
+    TargetArgument,
+    TrustOptions,
+    extract_artifact,
+)
 from encfs.terminal import Terminal
 
 
@@ -12,6 +19,7 @@ def command(
     directory: TargetArgument,
     keys: KeyOptions,
     trust: TrustOptions,
+    registry: CacheOptions,
 ) -> None:
     """Decrypt a whole artifact into a directory. Nothing appears there unless all of it verified."""
-    extract_artifact(terminal, reference, directory, keys, trust)
+    extract_artifact(terminal, reference, directory, keys, trust, registry)

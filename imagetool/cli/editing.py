@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from encfs.commandparts import RegistryOptions
 from encfs.errors import UsageError
 from encfs.terminal import Terminal
 
@@ -25,19 +26,29 @@ class Edited:
 
 
 @contextmanager
-def edited(reference: str) -> Iterator[Edited]:
+def edited(reference: str, registry: RegistryOptions) -> Iterator[Edited]:
     """Open an artifact to change what surrounds its content.
 
-    Without a tag in the reference it is the only tag of the layout that moves.
+    Without a tag in the reference it is the only tag of the layout that moves, or `latest` in a registry.
 
     Raises: UsageError, what the store raises.
     """
     from encfs.oci.layout import Layout
-    from encfs.oci.reference import parse_reference
+    from encfs.oci.reference import DEFAULT_TAG, parse_reference
 
     parsed = parse_reference(reference)
+    if parsed.transport == "docker":
+        from encfs.oci.registry import Registry
+
+        with closing(Registry(parsed, registry.store())) as remote:
+            tag = parsed.tag if parsed.tag is not None or parsed.digest is not None else DEFAULT_TAG
+            yield Edited(reference, remote, remote, tag)
+        return
     if parsed.transport != "oci":
-        raise UsageError(f"{reference} is not a layout", hint="write oci:PATH:TAG")
+        raise UsageError(
+            f"{reference} is neither a layout nor in a registry",
+            hint="write oci:PATH:TAG or docker://HOST/REPOSITORY:TAG",
+        )
     with closing(Layout(parsed.path, tag=parsed.tag, digest=parsed.digest)) as layout:
         tag = parsed.tag
         if tag is None and parsed.digest is None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from encfs.commandline import size_option
+from encfs.commandparts import RegistryOptions
 from encfs.errors import FormatError, NotFoundError, UsageError
 from encfs.terminal import Terminal
 from encfs.units import format_duration, format_size
@@ -45,7 +46,9 @@ def command(
     destination: Annotated[
         str,
         typer.Argument(
-            metavar="DEST", help="oci:PATH[:TAG]; the layout is created where there is none.", show_default=False
+            metavar="DEST",
+            help="oci:PATH[:TAG], a layout that is made where there is none, or docker://HOST/REPOSITORY[:TAG].",
+            show_default=False,
         ),
     ],
     recipients: RecipientsOption = None,
@@ -88,6 +91,8 @@ def command(
             show_default=False,
         ),
     ] = None,
+    *,
+    registry: RegistryOptions,
 ) -> None:
     """Encrypt a directory or file into an OCI artifact. The tag moves last: nobody ever sees half an artifact."""
     from encfs.format.frames import DEFAULT_FRAME_SIZE, check_frame_size
@@ -121,7 +126,7 @@ def command(
         raise NotFoundError(f"{source} does not exist", hint="give an existing directory or file")
     with (
         recipient_keys(terminal, recipients or (), passphrase_file) as keys,
-        closing(open_sink(reference)) as sink,
+        closing(open_sink(reference, registry.store())) as sink,
         terminal.progress() as progress,
     ):
         result = encrypt(

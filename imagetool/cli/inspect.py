@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from encfs.commandparts import ReferenceArgument, opened_source
+from encfs.commandparts import MirrorOptions, ReferenceArgument, opened_source
 from encfs.terminal import Terminal
 from encfs.units import format_size
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from encfs.artifact import LoadedArtifact
 
 
-def command(terminal: Terminal, reference: ReferenceArgument) -> None:
+def command(terminal: Terminal, reference: ReferenceArgument, registry: MirrorOptions) -> None:
     """Show what is public of an artifact. Needs no key; nothing of it is proven."""
     from encfs.artifact import load_artifact
 
-    with opened_source(reference) as source:
+    with opened_source(reference, registry) as source:
         artifact = load_artifact(source)
     terminal.result(_document(reference, artifact), _lines(reference, artifact))
 

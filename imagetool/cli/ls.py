@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from encfs.commandparts import (
+    CacheOptions,
     KeyOptions,
     LongOption,
     PathArgument,
@@ -21,8 +22,9 @@ def command(
     *,
     keys: KeyOptions,
     trust: TrustOptions,
+    registry: CacheOptions,
     recursive: RecursiveOption = False,
     long: LongOption = False,
 ) -> None:
     """List what is in an artifact, without mounting it."""
-    list_artifact(terminal, reference, path, keys, trust, recursive=recursive, long=long)
+    list_artifact(terminal, reference, path, keys, trust, registry, recursive=recursive, long=long)

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from encfs.commandline import add_command
-from encfs.commandparts import KeyOptions, ReferenceArgument, TrustOptions, opened_source
+from encfs.commandparts import (
+    KeyOptions,
+    MirrorOptions,
+    ReferenceArgument,
+    RegistryOptions,
+    TrustOptions,
+    opened_source,
+)
 from encfs.errors import MissingKeyError
 from encfs.terminal import Terminal
 from imagetool.cli.editing import edited, report
@@ -21,11 +28,11 @@ if TYPE_CHECKING:
 app = typer.Typer(name="recipients", help="Show and change who can open an artifact.", rich_markup_mode=None)
 
 
-def list_recipients(terminal: Terminal, reference: ReferenceArgument) -> None:
+def list_recipients(terminal: Terminal, reference: ReferenceArgument, registry: MirrorOptions) -> None:
     """List the recipients of an artifact. Needs no key; nothing of it is proven."""
     from encfs.artifact import load_artifact
 
-    with opened_source(reference) as source:
+    with opened_source(reference, registry) as source:
         artifact = load_artifact(source)
     terminal.result(
         {
@@ -45,6 +52,7 @@ def add(
     *,
     keys: KeyOptions,
     trust: TrustOptions,
+    registry: RegistryOptions,
 ) -> None:
     """Let more keys open an artifact. Needs a key that opens it."""
     from imagetool.pipeline.edit import add_recipients
@@ -53,7 +61,7 @@ def add(
     with recipient_keys(terminal, recipients or (), passphrase_file) as added:
         if not added:
             raise MissingKeyError("no recipient was given", hint="pass -r KEY or --passphrase-file FILE")
-        with keys.providers() as providers, edited(reference) as artifact:
+        with keys.providers() as providers, edited(reference, registry) as artifact:
             manifest = add_recipients(artifact.source, artifact.sink, providers, added, trust=policy, tag=artifact.tag)
     report(terminal, artifact, manifest, f"{len(added)} recipients added")
 
@@ -68,12 +76,13 @@ def remove(
         ),
     ],
     trust: TrustOptions,
+    registry: RegistryOptions,
 ) -> None:
     """Drop a recipient's entry. It may have kept what it could read: revoking needs a new version under fresh keys."""
     from imagetool.pipeline.edit import remove_recipient
 
     policy = trust.policy()
-    with edited(reference) as artifact:
+    with edited(reference, registry) as artifact:
         manifest = remove_recipient(
             artifact.source, artifact.sink, _selector(recipient), trust=policy, tag=artifact.tag
         )

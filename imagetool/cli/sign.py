@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from encfs.commandparts import ReferenceArgument, TrustOptions
+from encfs.commandparts import ReferenceArgument, RegistryOptions, TrustOptions
 from encfs.terminal import Terminal
 from imagetool.cli.editing import edited, report
 
@@ -18,6 +18,7 @@ def command(
         str, typer.Option("--key", metavar="KEY", help="The private signing key (JWK or PEM file).", show_default=False)
     ],
     trust: TrustOptions,
+    registry: RegistryOptions,
 ) -> None:
     """Add a signature. The trust options say what makes this the artifact that you mean to vouch for."""
     from encfs.keys.files import load_signing_key
@@ -25,6 +26,6 @@ def command(
 
     policy = trust.policy()
     signer = load_signing_key(key)
-    with edited(reference) as artifact:
+    with edited(reference, registry) as artifact:
         manifest = sign_artifact(artifact.source, artifact.sink, signer, trust=policy, tag=artifact.tag)
     report(terminal, artifact, manifest, f"signed by {signer.kid}")

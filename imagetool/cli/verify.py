@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from encfs.commandparts import (
     KeyOptions,
+    MirrorOptions,
     ReferenceArgument,
     TrustOptions,
     opened_source,
@@ -14,7 +15,9 @@ from encfs.terminal import Terminal
 from encfs.units import format_size
 
 
-def command(terminal: Terminal, reference: ReferenceArgument, keys: KeyOptions, trust: TrustOptions) -> None:
+def command(
+    terminal: Terminal, reference: ReferenceArgument, keys: KeyOptions, trust: TrustOptions, registry: MirrorOptions
+) -> None:
     """Check all of an artifact's ciphertext.
 
     With trust options its origin is checked, too, and with a key that every frame opens.
@@ -22,7 +25,7 @@ def command(terminal: Terminal, reference: ReferenceArgument, keys: KeyOptions, 
     from imagetool.pipeline.check import verify
 
     policy = trust.policy() if trust.given else None
-    with keys.providers() as providers, opened_source(reference) as source, terminal.progress() as progress:
+    with keys.providers() as providers, opened_source(reference, registry) as source, terminal.progress() as progress:
         result = verify(source, keys=providers, trust=policy, progress=progress)
     if result.origin is not None:
         warn_of_origin(terminal, result.origin)

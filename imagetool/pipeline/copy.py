@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from encfs.format.descriptor import ARTIFACT_TYPE, parse_manifest
 from encfs.oci.blobs import BlobSource, BlobTarget, Descriptor
 from encfs.oci.options import DEFAULT_CONCURRENCY
+from encfs.oci.registry import Registry
 from encfs.oci.transfer import copy_blobs
 from encfs.progress import Progress
 
@@ -36,6 +37,8 @@ def copy_artifact(
     """
     manifest = source.manifest()
     parsed = parse_manifest(manifest.content)
+    if isinstance(sink, Registry):
+        sink.prefer_mounting(source)
     copied = copy_blobs(source, sink, (parsed.config, *parsed.blobs), progress=progress, concurrency=concurrency)
     written = sink.put_manifest(manifest.content, manifest.media_type, tag=tag, artifact_type=ARTIFACT_TYPE)
     return CopyResult(written, copied.copied, copied.copied_size, copied.present)

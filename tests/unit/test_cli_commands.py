@@ -67,7 +67,10 @@ def section(title: str) -> str:
 
 def test_every_command_of_the_issue_is_there() -> None:
     assert {command.name for command in declared()} == {
-        *("imagetool " + name for name in ("keygen", "encrypt", "decrypt", "inspect", "ls", "verify", "sign", "copy")),
+        *(
+            "imagetool " + name
+            for name in ("keygen", "encrypt", "decrypt", "inspect", "ls", "verify", "sign", "copy", "push", "pull")
+        ),
         *("imagetool recipients " + name for name in ("list", "add", "remove")),
         *("encfs " + name for name in ("mount", "umount", "status", "cat", "ls", "extract")),
     }
@@ -191,7 +194,7 @@ def test_completion(program: str, shell: str, monkeypatch: pytest.MonkeyPatch) -
         ("encfs", ["mount"], "missing argument 'REF'; see 'encfs mount --help'"),
         ("encfs", ["ls", "a", "--pinn", "x"], "no such option: --pinn"),
         ("encfs", ["ls", "a", "--min-version", "x"], "invalid value for '--min-version': "),
-        ("encfs", ["mount", "a", "b", "--cache-size", "1q"], "'1q' is not a size; write it as 65536, 64KiB or 1GiB"),
+        ("encfs", ["mount", "a", "b", "--memory", "1q"], "'1q' is not a size; write it as 65536, 64KiB or 1GiB"),
         ("imagetool", ["keygen", "-o", "x", "--type", "dsa"], "invalid value for '--type': 'dsa' is not one of"),
         ("imagetool", ["recipients", "add"], "missing argument 'REF'; see 'imagetool recipients add --help'"),
         ("imagetool", ["--progress", "some", "inspect", "x"], "invalid value for '--progress': 'some' is not one of"),
