@@ -1,0 +1,208 @@
+"""Commands on docker:// references, against a real distribution server."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from encfs.errors import IntegrityError, NotFoundError, TransportError, UnsignedError, UsageError
+from tests.support.registry import DockerRegistry, Fault, FaultProxy
+from tests.support.remote import needs_docker_registry, running
+
+pytestmark = needs_docker_registry
+
+MIB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DockerRegistry]:
+    with running(tmp_path_factory.mktemp("registry"), delete=True) as server:
+        yield server
+
+
+@pytest.fixture
+def proxy(server: DockerRegistry) -> Iterator[FaultProxy]:
+    proxy = FaultProxy(server.host)
+    yield proxy
+    proxy.close()
+
+
+def command(program: str, *words: str) -> list[str]:
+    return [sys.executable, "-c", f"from {program}.cli import main; main()", *words]
+
+
+def run(place: Path, program: str, *words: str, code: int = 0) -> str:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(place / "cache"), "TMPDIR": str(place)}
+    done = subprocess.run(
+        command(program, *words),
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == code, done.stderr
+    if code:
+        assert done.stderr.count("\n") == 1, done.stderr
+        return done.stderr
+    return done.stdout
+
+
+def answer(place: Path, *words: str) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(run(place, "imagetool", *words, "--json"))
+    return document
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keys, a model of 40 MiB in segments of 8 MiB, and `oci:store:v1`, its encryption."""
+    place = tmp_path_factory.mktemp("owner")
+    (place / "model").mkdir()
+    (place / "model/weights").write_bytes(os.urandom(40 * MIB))
+    (place / "model/config.json").write_text("{}\n")
+    run(place, "imagetool", "keygen", "-o", "alice.jwk")
+    run(place, "imagetool", "keygen", "-o", "owner.jwk", "--type", "ed25519")
+    encrypt(place, "oci:store:v1")
+    return place
+
+
+def encrypt(place: Path, reference: str, *words: str) -> dict[str, Any]:
+    signed = ["--sign", "owner.jwk", "--id", "acme/chat", "--segment-size", "8MiB"]
+    return answer(place, "encrypt", "model", reference, "-r", "alice.jwk.pub", *signed, *words)
+
+
+TRUST = ["--trust", "owner.jwk.pub", "--id", "acme/chat", "--min-version", "0"]
+OPEN = ["-k", "alice.jwk", *TRUST]
+PLAIN = "--plain-http"
+
+
+def test_copies_in_all_directions_keep_the_digest(place: Path, server: DockerRegistry, proxy: FaultProxy) -> None:
+    first, second = f"docker://{server.host}/dirs/a:v1", f"docker://{server.host}/dirs/b:v1"
+    pushed = answer(place, "push", "oci:store:v1", first, PLAIN)
+    digest = pushed["manifest_digest"]
+    assert pushed["blobs_present"] == 0
+    assert pushed["size_copied"] > 40 * MIB
+    again = answer(place, "copy", "oci:store:v1", first, PLAIN)
+    assert (again["blobs_copied"], again["blobs_present"]) == (0, pushed["blobs_copied"])
+    # Mounted from the repository beside it: no body is sent.
+    mounted = f"docker://{proxy.host}/dirs/mounted:v1"
+    answer(place, "copy", f"docker://{proxy.host}/dirs/a@{digest}", mounted, PLAIN)
+    assert not proxy.requests("^PATCH ")
+    assert len(proxy.requests("^POST .*mount=sha256")) == pushed["blobs_copied"]
+    assert answer(place, "copy", first, second, PLAIN)["manifest_digest"] == digest
+    pulled = answer(place, "pull", second, "oci:pulled:v1", PLAIN)
+    assert pulled["manifest_digest"] == digest
+    assert answer(place, "copy", "oci:pulled:v1", "oci:again:v1")["manifest_digest"] == digest
+    assert run(place, "imagetool", "verify", "oci:again:v1", *TRUST)
+
+
+def test_encrypt_straight_to_the_registry_and_read_it(place: Path, server: DockerRegistry) -> None:
+    reference = f"docker://{server.host}/straight:v1"
+    made = encrypt(place, reference, PLAIN)
+    inspected = answer(place, "inspect", reference, PLAIN)
+    assert inspected["content_digest"] == made["content_digest"]
+    assert len(inspected["volumes"][0]["segments"]) > 3
+    assert answer(place, "verify", reference, PLAIN, *OPEN)["decrypted"] is True
+    for program in ("encfs", "imagetool"):
+        assert "weights" in run(place, program, "ls", reference, PLAIN, *OPEN)
+    assert run(place, "encfs", "cat", reference, "config.json", PLAIN, *OPEN) == "{}\n"
+    run(place, "encfs", "extract", reference, "out", PLAIN, *OPEN)
+    assert (place / "out/weights").read_bytes() == (place / "model/weights").read_bytes()
+    assert not [item for item in place.iterdir() if item.name.startswith(".encfs")], "nothing stays in the spool"
+
+
+def test_mounted_from_the_registry(place: Path, server: DockerRegistry) -> None:
+    reference = f"docker://{server.host}/mounting:v1"
+    run(place, "imagetool", "push", "oci:store:v1", reference, PLAIN)
+    (place / "mnt").mkdir()
+    run(place, "encfs", "mount", reference, "mnt", PLAIN, *OPEN)
+    try:
+        with open(place / "mnt/weights", "rb") as mounted, open(place / "model/weights", "rb") as original:
+            for position in (0, 17 * MIB + 5, 39 * MIB):
+                mounted.seek(position)
+                original.seek(position)
+                assert mounted.read(10_000) == original.read(10_000)
+    finally:
+        run(place, "encfs", "umount", "mnt")
+
+
+def test_changes_in_the_registry_want_trust(place: Path, server: DockerRegistry) -> None:
+    reference = f"docker://{server.host}/changes:v1"
+    run(place, "imagetool", "push", "oci:store:v1", reference, PLAIN)
+    run(place, "imagetool", "keygen", "-o", "bob.jwk")
+    run(place, "imagetool", "keygen", "-o", "auditor.jwk", "--type", "ed25519")
+    refused = UnsignedError.exit_code
+    run(place, "imagetool", "sign", reference, PLAIN, "--key", "auditor.jwk", code=refused)
+    run(place, "imagetool", "recipients", "add", reference, PLAIN, "-r", "bob.jwk.pub", "-k", "alice.jwk", code=refused)
+    answer(place, "sign", reference, PLAIN, "--key", "auditor.jwk", *TRUST)
+    moved = answer(place, "recipients", "add", reference, PLAIN, "-r", "bob.jwk.pub", *OPEN)
+    assert moved["tag"] == "v1"
+    assert len(answer(place, "recipients", "list", reference, PLAIN)["recipients"]) == 2
+    auditor = ["--trust", "auditor.jwk.pub", "--id", "acme/chat", "--min-version", "0"]
+    assert run(place, "encfs", "cat", reference, "config.json", PLAIN, "-k", "bob.jwk", *auditor) == "{}\n"
+    answer(place, "recipients", "remove", reference, "1", PLAIN, *TRUST)
+    assert len(answer(place, "recipients", "list", reference, PLAIN)["recipients"]) == 1
+
+
+@pytest.mark.parametrize("way", ["push", "pull"])
+def test_killed_in_the_middle_goes_on(place: Path, server: DockerRegistry, proxy: FaultProxy, way: str) -> None:
+    remote, layout = f"docker://{proxy.host}/killed-{way}:v1", "oci:store:v1"
+    if way == "pull":
+        answer(place, "push", "oci:store:v1", remote.replace(proxy.host, server.host), PLAIN)
+        layout = "oci:killed:v1"
+    segments = answer(place, "inspect", "oci:store:v1")["volumes"][0]["segments"]
+    # After three segments the registry falls silent, and the command is killed. Only segments are sent by PATCH; what
+    # is fetched before them are the config, the keyring, a signature and the tree.
+    pattern, skip = ("^PATCH ", 3) if way == "push" else ("^GET .*/blobs/", 4 + 3)
+    proxy.faults = [Fault(pattern, times=-1, skip=skip, delay=60)]
+    words = (layout, remote) if way == "push" else (remote, layout)
+    process = subprocess.Popen(
+        command("imagetool", way, *words, PLAIN, "--concurrency", "1"), cwd=place, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while len(proxy.requests(pattern)) <= skip:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait(30)
+    proxy.faults = []
+    done = answer(place, way, *words, PLAIN)
+    assert done["blobs_present"] >= 3
+    assert done["size_copied"] <= sum(item["size"] for item in segments) - 3 * 8 * MIB + MIB
+    run(place, "imagetool", "verify", words[1], *([PLAIN] if way == "push" else []), *TRUST)
+
+
+def test_wrong_bytes_are_refused_and_leave_no_tag(place: Path, server: DockerRegistry, proxy: FaultProxy) -> None:
+    run(place, "imagetool", "push", "oci:store:v1", f"docker://{server.host}/wrong:v1", PLAIN)
+    proxy.faults = [Fault("^GET .*/blobs/", times=-1, corrupt=0)]
+    remote = f"docker://{proxy.host}/wrong:v1"
+    line = run(place, "imagetool", "pull", remote, "oci:wrong:v1", PLAIN, code=IntegrityError.exit_code)
+    assert "than its digest says" in line
+    assert json.loads((place / "wrong/index.json").read_text())["manifests"] == []
+
+
+def test_what_is_refused(place: Path, server: DockerRegistry) -> None:
+    absent = f"docker://{server.host}/absent:v1"
+    run(place, "imagetool", "pull", absent, "oci:none:v1", PLAIN, code=NotFoundError.exit_code)
+    assert not (place / "none").exists()
+    # TLS is never left out by itself.
+    assert "--plain-http" in run(place, "imagetool", "inspect", absent, code=TransportError.exit_code)
+    for words, message in (
+        (["push", absent, "oci:x:v1"], "is not of the form oci:"),
+        (["pull", "oci:store:v1", "oci:x:v1"], "is not of the form docker:"),
+        (["push", "oci:store:v1", f"docker://{server.host}/a@sha256:{'0' * 64}"], "a digest cannot be written to"),
+        (["inspect", absent, "--key-file", "alice.jwk"], "--key-file is given without --cert-file"),
+        (["inspect", absent, "--concurrency", "0"], "invalid value for '--concurrency'"),
+    ):
+        assert message in run(place, "imagetool", *words, code=UsageError.exit_code)
