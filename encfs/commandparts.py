@@ -179,26 +179,7 @@ class RegistryOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class MirrorOptions(RegistryOptions):
-    """The same for commands that only read, and may read elsewhere."""
-
-    mirrors: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--mirror",
-            metavar="URL",
-            help="Try this registry first: HOST[:PORT][/PREFIX] or its URL. Repeatable.",
-            show_default=False,
-        ),
-    ] = None
-
-    def store(self) -> StoreOptions:
-        """Raises: UsageError."""
-        return replace(RegistryOptions.store(self), mirrors=tuple(self.mirrors or ()))
-
-
-@dataclass(frozen=True, slots=True)
-class CacheOptions(MirrorOptions):
+class CacheOptions(RegistryOptions):
     """The same for commands that read the content, and keep its ciphertext."""
 
     cache_dir: Annotated[
@@ -220,7 +201,7 @@ class CacheOptions(MirrorOptions):
 
         size = DEFAULT_CACHE_SIZE if self.cache_size is None else self.cache_size
         directory = self.cache_dir or default_cache_dir()
-        return replace(MirrorOptions.store(self), cache_dir=directory if size else None, cache_size=size)
+        return replace(RegistryOptions.store(self), cache_dir=directory if size else None, cache_size=size)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from encfs.commandparts import MirrorOptions, ReferenceArgument, opened_source
+from encfs.commandparts import ReferenceArgument, RegistryOptions, opened_source
 from encfs.terminal import Terminal
 from encfs.units import format_size
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from encfs.artifact import LoadedArtifact
 
 
-def command(terminal: Terminal, reference: ReferenceArgument, registry: MirrorOptions) -> None:
+def command(terminal: Terminal, reference: ReferenceArgument, registry: RegistryOptions) -> None:
     """Show what is public of an artifact. Needs no key; nothing of it is proven."""
     from encfs.artifact import load_artifact
 

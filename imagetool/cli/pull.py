@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from encfs.commandparts import MirrorOptions
+from encfs.commandparts import RegistryOptions
 from encfs.terminal import Terminal
 
 
@@ -14,7 +14,7 @@ def command(
     terminal: Terminal,
     source: Annotated[str, typer.Argument(metavar="FROM", help="docker://HOST/REPOSITORY[:TAG]", show_default=False)],
     destination: Annotated[str, typer.Argument(metavar="TO", help="oci:PATH[:TAG]", show_default=False)],
-    registry: MirrorOptions,
+    registry: RegistryOptions,
 ) -> None:
     """Copy an artifact from a registry to a layout. Called again after an interruption, it goes on where it stopped."""
     from imagetool.cli.copying import check_transport, copy_reference

@@ -10,7 +10,6 @@ import typer
 from encfs.commandline import add_command
 from encfs.commandparts import (
     KeyOptions,
-    MirrorOptions,
     ReferenceArgument,
     RegistryOptions,
     TrustOptions,
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 app = typer.Typer(name="recipients", help="Show and change who can open an artifact.", rich_markup_mode=None)
 
 
-def list_recipients(terminal: Terminal, reference: ReferenceArgument, registry: MirrorOptions) -> None:
+def list_recipients(terminal: Terminal, reference: ReferenceArgument, registry: RegistryOptions) -> None:
     """List the recipients of an artifact. Needs no key; nothing of it is proven."""
     from encfs.artifact import load_artifact
 

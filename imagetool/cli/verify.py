@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from encfs.commandparts import (
     KeyOptions,
-    MirrorOptions,
     ReferenceArgument,
+    RegistryOptions,
     TrustOptions,
     opened_source,
     origin_document,
@@ -16,7 +16,7 @@ from encfs.units import format_size
 
 
 def command(
-    terminal: Terminal, reference: ReferenceArgument, keys: KeyOptions, trust: TrustOptions, registry: MirrorOptions
+    terminal: Terminal, reference: ReferenceArgument, keys: KeyOptions, trust: TrustOptions, registry: RegistryOptions
 ) -> None:
     """Check all of an artifact's ciphertext.
 
