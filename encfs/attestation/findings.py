@@ -9,6 +9,22 @@ from encfs.attestation.evidence import EvidenceKind
 from encfs.attestation.policy import EvidencePolicy
 from encfs.attestation.verdict import ClaimValue, Code, Reason, Verdict
 
+# Fields of a policy that ask for something not every kind of evidence has; the values that ask for nothing.
+_ASKED = (
+    ("measurements", Code.MEASUREMENT, "measurement"),
+    ("signers", Code.SIGNER, "signer"),
+    ("product_ids", Code.PRODUCT, "product id"),
+    ("min_svn", Code.SVN, "version (SVN)"),
+    ("host_data", Code.HOST_DATA, "host data"),
+    ("chip_ids", Code.CHIP, "chip id"),
+    ("tcb_floors", Code.TCB, "SNP firmware versions"),
+    ("rtmrs", Code.RTMR, "run-time measurement registers"),
+    ("pcrs", Code.PCR, "PCRs"),
+    ("nonce", Code.NONCE, "nonce of a token"),
+    ("issuers", Code.ISSUER, "issuer"),
+)
+_NOTHING: tuple[object, ...] = ((), {}, 0, None)
+
 
 class Findings:
     """Refusals, checks left out, and claims, in the order in which they were found."""
@@ -40,6 +56,13 @@ class Findings:
         """For what this kind of evidence does not have: a policy that asks about it is not met."""
         if any(True for _ in wanted):
             self.refuse(code, f"this kind of evidence has no {what}, which the policy asks about")
+
+    def require_nothing_else(self, policy: EvidencePolicy, about: Collection[str]) -> None:
+        """What a policy asks about and this kind of evidence has not; `about` names the fields that it has."""
+        for name, code, what in _ASKED:
+            if name not in about:
+                asked = getattr(policy, name)
+                self.require_absent(code, what, () if asked in _NOTHING else (asked,))
 
     def require_report_data(self, field: bytes, expected: bytes | None) -> None:
         """A field of fixed length must carry the expected data, padded with zeros."""

@@ -29,6 +29,8 @@ class Code(StrEnum):
     SIGNATURE = "signature"
     #: A signature algorithm that is not allowed for the key or kind.
     ALGORITHM = "algorithm"
+    #: The attestation key of a TPM is not one that was enrolled.
+    ATTESTATION_KEY = "attestation-key"
     #: The certificates do not lead to a trusted root.
     CHAIN = "chain"
     #: The certificate is genuine but of another chip, TCB version or CPU generation than the report.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from encfs.attestation import dcap, snp
+from encfs.attestation import dcap, sample, snp, tpmquote
 from encfs.attestation.evidence import Endorsements, Evidence, EvidenceKind
 from encfs.attestation.findings import Findings
 from encfs.attestation.parsing import parse_evidence, recognise
@@ -61,5 +61,9 @@ def _check(
             quote = parse_quote(evidence.content)
             dcap.check_quote(findings, evidence.content, quote, endorsements, policy, now)
             dcap.check_report_data(findings, quote, policy)
+        case EvidenceKind.TPM:
+            tpmquote.check_tpm_quote(findings, tpmquote.parse_tpm_evidence(evidence.content), policy)
+        case EvidenceKind.SAMPLE:
+            sample.check_sample(findings, evidence.content, policy)
         case _:
             findings.refuse(Code.UNSUPPORTED, f"evidence of the kind {evidence.kind} is not supported")

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
 
+from encfs.attestation.kbs import from_kbs_evidence
+from encfs.attestation.policy import EvidencePolicy
+from encfs.attestation.verify import verify_evidence
 from encfs.errors import KeyFileError, KeyProviderError, KeyRefusedError
 from encfs.tpm.keyfile import load_object, write_object
 from encfs.tpm.quote import (
@@ -89,9 +94,9 @@ def test_another_tpm_does_not_quote_with_it(ak: Path, monkeypatch: pytest.Monkey
             collect_tpm_evidence(REPORT_DATA, ak)
 
 
-def persistent_ak(tpm: SoftwareTpm, handle: str) -> None:
+def persistent_ak(tpm: SoftwareTpm, handle: str, kind: str = "rsa", scheme: str = "rsassa") -> None:
     tpm.tool("createek", "-c", "ek.ctx", "-G", "rsa", "-u", "ek.pub")
-    tpm.tool("createak", "-C", "ek.ctx", "-c", "ak.ctx", "-G", "rsa", "-g", "sha256", "-s", "rsassa")
+    tpm.tool("createak", "-C", "ek.ctx", "-c", "ak.ctx", "-G", kind, "-g", "sha256", "-s", scheme)
     tpm.tool("evictcontrol", "-c", "ak.ctx", handle)
 
 
@@ -100,6 +105,32 @@ def test_a_persistent_key_quotes_too(tpm: SoftwareTpm, tmp_path: Path) -> None:
     assert judged(tpm, tmp_path, collect_tpm_evidence(REPORT_DATA, 0x81000005), REPORT_DATA[:32])
     with pytest.raises(KeyProviderError, match="no attestation key is at 0x81000006"):
         collect_tpm_evidence(REPORT_DATA, 0x81000006)
+
+
+def refusals(evidence: dict[str, object], policy: EvidencePolicy) -> tuple[str, ...]:
+    """What our own verifier says."""
+    return verify_evidence(from_kbs_evidence("tpm", evidence), policy, now=datetime.now(UTC)).codes
+
+
+def test_our_verifier_agrees(tpm: SoftwareTpm, ak: Path) -> None:
+    enrolled = (attestation_public_key(load_object(ak)),)
+    tpm.extend(8)
+    evidence = collect_tpm_evidence(REPORT_DATA, ak)
+    value = bytes.fromhex(evidence["tpm_quote"]["pcrs"][8])  # type: ignore[index]
+    policy = EvidencePolicy(attestation_keys=enrolled, report_data=REPORT_DATA, pcrs={7: (bytes(32),), 8: (value,)})
+    assert refusals(evidence, policy) == ()
+    assert refusals(evidence, replace(policy, report_data=REPORT_DATA[1:])) == ("report-data",)
+    assert refusals(evidence, replace(policy, attestation_keys=(enrolled[0][:-1],))) == ("attestation-key",)
+    assert refusals(collect_tpm_evidence(REPORT_DATA, ak, pcrs=[7]), policy) == ("pcr",)
+    tpm.extend(8)
+    assert refusals(collect_tpm_evidence(REPORT_DATA, ak), policy) == ("pcr",)
+
+
+def test_our_verifier_agrees_on_a_key_on_a_curve(tpm: SoftwareTpm) -> None:
+    persistent_ak(tpm, "0x81000005", "ecc", "ecdsa")
+    evidence = collect_tpm_evidence(REPORT_DATA, 0x81000005)
+    enrolled = (base64.b64decode(str(evidence["ak_public"])),)
+    assert refusals(evidence, EvidencePolicy(attestation_keys=enrolled, report_data=REPORT_DATA)) == ()
 
 
 def test_azure(tpm: SoftwareTpm, tmp_path: Path) -> None:
