@@ -32,14 +32,6 @@ class SnpTcbFloor:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenKey:
-    """A trusted key of a token issuer: SubjectPublicKeyInfo in DER, and its key id where it has one."""
-
-    public: bytes
-    kid: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class EvidencePolicy:
     """What evidence must show. Tuples are alternatives: one of their values must be there; empty asks for nothing.
 
@@ -56,7 +48,7 @@ class EvidencePolicy:
     min_svn: int = 0
     #: SNP's HOST_DATA (32), TDX's MRCONFIGID (48).
     host_data: tuple[bytes, ...] = ()
-    #: The fresh data the evidence must carry, up to 64 bytes: compared with REPORT_DATA padded with zeros, or with the
+    #: The fresh data the evidence must carry, up to 64 bytes, padded with zeros: compared with REPORT_DATA, or with the
     #: qualifying data of a TPM quote, which may also be its first 32 bytes.
     report_data: bytes | None = field(default=None, repr=False)
     #: The nonce that a token must carry.
@@ -80,18 +72,11 @@ class EvidencePolicy:
 
     #: TPM: values of PCRs of the SHA-256 bank, 32 bytes each.
     pcrs: Mapping[int, tuple[bytes, ...]] = field(default_factory=dict)
-    #: TPM: enrolled attestation keys, SubjectPublicKeyInfo in DER.
+    #: TPM: enrolled attestation keys, SubjectPublicKeyInfo in DER. Quotes need one; it must be a restricted key.
     attestation_keys: tuple[bytes, ...] = ()
 
-    #: Tokens: who may have issued them (`iss`), and with which keys. Tokens need keys; those of MAA need an issuer.
+    #: Tokens: who may have issued them (`iss`). Tokens are not verified yet; no other evidence meets this.
     issuers: tuple[str, ...] = ()
-    token_keys: tuple[TokenKey, ...] = ()
-    #: Tokens: certificates (DER) that may have issued the certificate in a token's header.
-    token_anchors: tuple[bytes, ...] = ()
-    #: EAR: statuses of every submodule that are accepted.
-    ear_statuses: frozenset[str] = frozenset({"affirming"})
-    #: Tokens: how far clocks may be apart, seconds.
-    leeway: int = 60
 
     #: Values that claims of the verdict must have, by name, where no field above is about them.
     claims: Mapping[str, tuple[str | int | bool, ...]] = field(default_factory=dict)
