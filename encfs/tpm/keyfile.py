@@ -53,6 +53,8 @@ FORMAT = "encfs-tpm2/1"
 MAX_FILE_SIZE = 64 << 10
 
 _MAX_AREA_SIZE = 2048
+# More than any object here has (RSA-3072 under SHA-256: below 500), less than the TPM library has room for.
+_MAX_PRIVATE_SIZE = 1024
 _MAX_SIGNATURE_SIZE = 80
 _NAME_SIZE = 2 + structures.DIGEST_SIZE
 # Persistent handles (Part 2, 7.4).
@@ -87,6 +89,8 @@ class TpmObject:
             raise FormatError(f"an object of kind {self.kind} has no policy, or one too many")
         if self.kind == "sealed":
             unique = structures.unique_of_sealed(self.public)
+            if len(unique) != structures.DIGEST_SIZE:
+                raise FormatError(f"what is unique about the sealed object is {len(unique)} bytes long")
             if structures.sealed_data(_digest(self), unique) != self.public:
                 raise FormatError("the policy is not that of the sealed object")
         else:
@@ -103,9 +107,7 @@ def load_object(path: str | os.PathLike[str]) -> TpmObject:
         found = _parse(loads_object(bytes(content), limit=MAX_FILE_SIZE, what="it"))
         found.check()
     except (FormatError, KeyFileError) as error:
-        raise KeyFileError(
-            f"{path} is no TPM key file: {error.message}", hint="make one with encfs seal or imagetool keygen --tpm2"
-        ) from None
+        raise KeyFileError(f"{path} is no TPM key file: {error.message}", hint="make one with encfs seal") from None
     return found
 
 
@@ -201,7 +203,7 @@ def _parse(members: Mapping[str, object]) -> TpmObject:
         _bytes(hex_decode(srk["name"], "the name of srk"), _NAME_SIZE, _NAME_SIZE, "the name of srk"),
         handle,
         _bytes(b64_decode(members["public"], "public"), 1, _MAX_AREA_SIZE, "public"),
-        _bytes(b64_decode(members["private"], "private"), 1, _MAX_AREA_SIZE, "private"),
+        _bytes(b64_decode(members["private"], "private"), 1, _MAX_PRIVATE_SIZE, "private"),
         policy,
     )
 

@@ -73,10 +73,10 @@ def create_attestation_key() -> TpmObject:
 def attestation_public_key(found: TpmObject) -> bytes:
     """DER SubjectPublicKeyInfo of an AK: what a verifier's policy names. Raises: KeyFileError for other objects."""
     if found.kind != "ak":
-        raise KeyFileError("it is not an attestation key", hint="make one with encfs attest enrol")
+        raise KeyFileError("it is not an attestation key", hint="make one with encfs.tpm.quote.create_attestation_key")
     handle = found.key().handle
     if not isinstance(handle, rsa.RSAPublicKey):
-        raise KeyFileError("it is not an attestation key", hint="make one with encfs attest enrol")
+        raise KeyFileError("it is not an attestation key", hint="make one with encfs.tpm.quote.create_attestation_key")
     return handle.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
@@ -138,7 +138,8 @@ def read_nv(storage: Storage, index: int, what: str) -> bytes:
 
 def _quote_with_handle(storage: Storage, handle: int, report_data: bytes, bank: str, selected: list[int]) -> Quote:
     absent = KeyProviderError(
-        f"no attestation key is at {handle:#010x}", hint="enrol one with encfs attest enrol, and name its file"
+        f"no attestation key is at {handle:#010x}",
+        hint="make one with encfs.tpm.quote.create_attestation_key, and name its file",
     )
     with translated("look at the attestation key", {HANDLE: absent}):
         key = storage.tpm.tr_from_tpmpublic(handle)

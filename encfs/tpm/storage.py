@@ -158,14 +158,14 @@ class Storage:
             nearest.append((len(different), pcrs.bank, different))
         if not nearest:
             raise KeyRefusedError(
-                "no PCR values have been approved yet", hint="approve the present ones with encfs approve"
+                "no PCR values have been approved yet", hint="take a file with an approval of the present ones"
             )
         _, bank, different = min(nearest)
         which = f"{'PCR' if len(different) == 1 else 'PCRs'} {', '.join(map(str, different))} ({bank})"
         where = "those at sealing" if policy.pcrs is not None and len(alternatives) == 1 else "any that were approved"
         raise KeyRefusedError(
             f"{which} differ from {where}: the machine was not started as it was then",
-            hint="start what was sealed to; or seal again, or approve the new values with encfs approve",
+            hint="start what was sealed to, or seal again",
         )
 
     def _authorize(self, session: ESYS_TR, authorization: Authorization, approval: Approval) -> None:

@@ -72,7 +72,7 @@ def test_every_command_of_the_issue_is_there() -> None:
             for name in ("keygen", "encrypt", "decrypt", "inspect", "ls", "verify", "sign", "copy", "push", "pull")
         ),
         *("imagetool recipients " + name for name in ("list", "add", "remove")),
-        *("encfs " + name for name in ("mount", "umount", "status", "cat", "ls", "extract")),
+        *("encfs " + name for name in ("mount", "umount", "status", "cat", "ls", "extract", "seal", "unseal")),
     }
 
 
@@ -82,7 +82,7 @@ def test_the_page_describes_every_command_with_exactly_its_options(command: Decl
     mentioned = {
         word
         for quoted in re.findall(r"`(-[^`]*)`", text)
-        for word in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", quoted, re.I)
+        for word in re.findall(r"(?<![\w-])--?[a-z][a-z0-9-]*", quoted, re.I)
     }
     assert command.options >= COMMON
     assert command.options - COMMON <= mentioned, "options that the page does not have"

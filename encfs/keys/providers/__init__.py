@@ -74,16 +74,26 @@ def provider_from_uri(uri: str) -> KeyProvider:
     return _factory(scheme)(rest)
 
 
-def fetched_key(uri: str) -> SymmetricKey:
+def fetched_key(uri: str, *, bare: bool = False) -> SymmetricKey:
     """The key-encryption key that a key service gives out under `uri`, for encrypting to it; the caller wipes it.
 
-    Raises: as `provider_from_uri` and the provider's `fetch`; KeyFileError where the scheme hands no key out.
+    `bare`: it is going to be used without what came with it, so refusals that came with it are not acceptable.
+
+    Raises: as `provider_from_uri` and the provider's `fetch`; KeyFileError where the scheme hands no key out, or not a
+    bare one.
     """
     provider = provider_from_uri(uri)
     try:
         if not isinstance(provider, FetchingProvider):
-            raise KeyFileError(f"{provider.uri} hands no key out to encrypt to", hint="give a key file")
-        return provider.fetch()
+            raise KeyFileError(f"{provider.uri} hands no symmetric key out", hint="give a key file")
+        key = provider.fetch()
+        if bare and isinstance(provider, BoundProvider) and provider.binding != KeyBinding():
+            key.wipe()
+            raise KeyFileError(
+                f"{provider.uri} came with refusals (an id, a floor or pins), which would be lost without it",
+                hint=f"open with -k {provider.uri} itself",
+            )
+        return key
     finally:
         provider.close()
 

@@ -30,5 +30,15 @@ class FileProvider:
             if isinstance(key, SymmetricKey):
                 key.wipe()
 
+    def fetch(self) -> SymmetricKey:
+        """The symmetric key in the file, which the caller wipes. Raises: KeyFileError for a private key."""
+        key = load_decryption_key(self._path)
+        if not isinstance(key, SymmetricKey):
+            raise KeyFileError(
+                f"{self._path} is a private key, and a symmetric one is needed",
+                hint="make one with imagetool keygen --type oct, and encrypt to it",
+            )
+        return key
+
     def close(self) -> None:
         return

@@ -1,0 +1,42 @@
+"""`encfs unseal`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from encfs.errors import UsageError
+from encfs.terminal import Terminal
+
+
+def command(
+    terminal: Terminal,
+    sealed: Annotated[
+        str, typer.Argument(metavar="FILE", help="A sealed key, made by encfs seal.", show_default=False)
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="Write the key there, not to standard output.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Get a sealed key back from this machine's TPM, as a JWK."""
+    import json
+
+    from encfs.keys.files import write_key_files
+    from encfs.keys.jwkjson import private_jwk
+    from encfs.keys.providers import fetched_key
+
+    if output is None and terminal.settings.json:
+        raise UsageError("unseal writes the key itself; there is nothing to print as JSON", hint="give -o FILE")
+    key = fetched_key(f"tpm2:{sealed}")
+    try:
+        if output is None:
+            terminal.write(json.dumps(private_jwk(key), indent=2).encode() + b"\n")
+            return
+        write_key_files(key, output)
+    finally:
+        key.wipe()
+    terminal.result({"file": output, "kid": key.kid}, [f"key  {output}  (keep it secret)"])

@@ -1,0 +1,49 @@
+"""`tpm2:FILE`: a key-encryption key that `encfs seal` sealed; the TPM gives it back while its policy is met.
+
+Nothing is kept: the TPM is asked anew each time. The library for TPMs is loaded only then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from encfs.errors import KeyFileError
+from encfs.keys.recipients import Recipient, unwrap_with_key
+from encfs.keys.secrets import SymmetricKey
+
+
+class Tpm2Provider:
+    """Unwraps with the key that is sealed in a file."""
+
+    def __init__(self, path: str) -> None:
+        if not path:
+            raise KeyFileError("the key URI tpm2: names no file", hint="write tpm2:FILE; encfs seal makes one")
+        self._path = path
+
+    @property
+    def uri(self) -> str:
+        return f"tpm2:{self._path}"
+
+    def unwrap(self, recipients: Sequence[Recipient], content_digest: str) -> bytearray:
+        key = self.fetch()
+        try:
+            return unwrap_with_key(key, recipients, content_digest, self.uri)
+        finally:
+            key.wipe()
+
+    def fetch(self) -> SymmetricKey:
+        """The key, a copy that the caller wipes. Raises: as `encfs.tpm.sealing.unseal` and `keyfile.load_object`."""
+        from encfs.tpm.availability import require_library
+        from encfs.tpm.keyfile import load_object
+
+        found = load_object(self._path)
+        require_library()
+        from encfs.tpm.sealing import unseal
+
+        try:
+            return unseal(found)
+        except KeyFileError as error:
+            raise KeyFileError(f"{self._path}: {error.message}", hint=error.hint) from None
+
+    def close(self) -> None:
+        return
