@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import NoReturn
 
 from encfs import commandline
-from encfs.cli import cat, extract, ls, mount, seal, status, umount, unseal
+from encfs.cli import advance, approve, cat, extract, ls, mount, seal, status, umount, unseal
 
 PROGRAM = "encfs"
 
 app = commandline.application(PROGRAM, "Mount and read encrypted, verified artifacts.")
-for _module in (mount, umount, status, ls, cat, extract, seal, unseal):
+for _module in (mount, umount, status, ls, cat, extract, seal, unseal, approve, advance):
     commandline.add_module(app, _module)
 
 

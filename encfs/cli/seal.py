@@ -10,7 +10,7 @@ import typer
 from encfs.terminal import Terminal
 
 if TYPE_CHECKING:
-    from encfs.tpm.policy import PcrValues
+    from encfs.tpm.policy import PcrValues, Policy
 
 #: PCRs that software resets whenever it likes (PC Client Platform TPM Profile, 4.6): debugging and applications.
 _RESETTABLE = frozenset({16, 23})
@@ -24,50 +24,86 @@ def command(
     ],
     output: Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="The sealed key.", show_default=False)],
     pcrs: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--tpm2-pcrs",
             metavar="BANK:INDEX[=VALUE],…",
             help="The PCRs it is sealed to, such as sha256:7,11; what they hold now, or the given value in hex.",
             show_default=False,
         ),
-    ],
+    ] = None,
+    authorize: Annotated[
+        str | None,
+        typer.Option(
+            "--tpm2-authorize",
+            metavar="PUBKEY",
+            help="Also open with the PCR values that this P-256 key approves (encfs approve).",
+            show_default=False,
+        ),
+    ] = None,
+    reference: Annotated[
+        str,
+        typer.Option(
+            "--tpm2-reference",
+            metavar="TEXT",
+            help="Only approvals for this text count; by default those for none.",
+            show_default=False,
+        ),
+    ] = "",
+    counter: Annotated[
+        str | None,
+        typer.Option(
+            "--tpm2-nv-counter",
+            metavar="INDEX",
+            help="Only until this NV counter moves on (encfs advance); it is made if need be.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Seal a key to this machine's TPM and its PCRs."""
+    from encfs.errors import UsageError
+    from encfs.keys.files import load_trusted_key
     from encfs.keys.providers import fetched_key
     from encfs.tpm.availability import require_library
     from encfs.tpm.keyfile import policy_document, write_object
-    from encfs.tpm.policy import parse_pcrs
+    from encfs.tpm.policy import Authorization, check_conditions, parse_nv_index, parse_pcrs
 
-    request = parse_pcrs(pcrs)
+    request = parse_pcrs(pcrs) if pcrs is not None else None
+    if reference and authorize is None:
+        raise UsageError("--tpm2-reference is for approvals", hint="give --tpm2-authorize PUBKEY, too")
+    authorization = Authorization(load_trusted_key(authorize), reference) if authorize is not None else None
+    check_conditions(request, authorization)
+    index = parse_nv_index(counter) if counter is not None else None
     require_library()
     from encfs.tpm.sealing import seal
 
     key = fetched_key(key_uri, bare=True)
     try:
-        sealed = seal(key, request)
+        sealed = seal(key, request, authorization, index)
         kid = key.kid
     finally:
         key.wipe()
     write_object(sealed, output)
     policy = sealed.policy
-    values = policy.pcrs if policy is not None else None
-    if policy is None or values is None:
-        raise TypeError("sealed without PCRs")
-    for warning in _warnings(values):
+    if policy is None:
+        raise TypeError("sealed without a policy")
+    for warning in _warnings(policy.pcrs):
         terminal.warn(warning)
-    shown = ", ".join(map(str, values.values))
-    terminal.result(
-        {"file": output, "kid": kid, "policy": policy_document(policy)},
-        [
-            f"sealed key  {output}  (opens with -k tpm2:{output}, on this machine only)",
-            f"PCRs        {shown} ({values.bank})",
-        ],
-    )
+    terminal.result({"file": output, "kid": kid, "policy": policy_document(policy)}, _lines(output, policy))
 
 
-def _warnings(pcrs: PcrValues) -> Iterator[str]:
-    for index, value in pcrs.values.items():
+def _lines(output: str, policy: Policy) -> Iterator[str]:
+    yield f"sealed key  {output}  (the key URI tpm2:{output}, on this machine only)"
+    if policy.pcrs is not None:
+        yield f"PCRs        {', '.join(map(str, policy.pcrs.values))} ({policy.pcrs.bank})"
+    if policy.authorization is not None:
+        yield f"approvals   by {policy.authorization.key.kid}"
+    if policy.counter is not None:
+        yield f"counter     {policy.counter.index:#010x}, up to {policy.counter.value}"
+
+
+def _warnings(pcrs: PcrValues | None) -> Iterator[str]:
+    for index, value in pcrs.values.items() if pcrs is not None else ():
         if index in _RESETTABLE:
             yield f"any program can reset PCR {index}: it proves nothing"
         elif not any(value):

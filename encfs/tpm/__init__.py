@@ -4,6 +4,7 @@ The modules that talk to a TPM need tpm2-pytss (the extra `tpm`); `structures`, 
 not, so that an owner approves new measurements on any machine. Nothing here opens artifacts: key URIs are
 `encfs.keys.providers.tpm2`'s. Who may know whom:
 
-    sealing, quote -> storage -> connection -> structures
+    sealing -> counter -> storage
+    quote -> storage -> connection -> structures
     keyfile -> policy -> structures
 """

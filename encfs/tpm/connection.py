@@ -36,7 +36,7 @@ LOCKOUT, RETRY, NV_RATE = 0x921, 0x922, 0x920
 _ESYS_BAD_RESPONSES = (0x08, 0x15, 0x18)  # malformed, authorisation failed, insufficient
 
 _BASE_FORMAT_1 = 0x80
-_POLICY_HINT = "measurements or policy are not those at sealing; start what was sealed to, or seal again"
+_POLICY_HINT = "measurements or policy are not those at sealing; seal again, or approve the new ones with encfs approve"
 
 
 @contextmanager

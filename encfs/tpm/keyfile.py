@@ -169,7 +169,7 @@ def policy_document(policy: Policy) -> dict[str, object]:
             "key": jwkjson.public_jwk(policy.authorization.key),
             "reference": policy.authorization.reference,
             "approvals": [
-                {"pcrs": _pcrs_document(one.pcrs), "signature": b64_encode(one.signature)}
+                {"pcrs": pcrs_document(one.pcrs), "signature": b64_encode(one.signature)}
                 for one in policy.authorization.approvals
             ],
         }
@@ -177,11 +177,12 @@ def policy_document(policy: Policy) -> dict[str, object]:
     if policy.counter is not None:
         limit = policy.counter
         counter = {"index": f"{limit.index:#010x}", "name": limit.name.hex(), "value": limit.value}
-    pcrs = _pcrs_document(policy.pcrs) if policy.pcrs is not None else None
+    pcrs = pcrs_document(policy.pcrs) if policy.pcrs is not None else None
     return {"pcrs": pcrs, "authorize": authorize, "counter": counter}
 
 
-def _pcrs_document(pcrs: PcrValues) -> dict[str, object]:
+def pcrs_document(pcrs: PcrValues) -> dict[str, object]:
+    """PCR values as JSON."""
     return {"bank": pcrs.bank, "values": {str(index): value.hex() for index, value in pcrs.values.items()}}
 
 

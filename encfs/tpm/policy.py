@@ -161,10 +161,7 @@ class Policy:
     counter: CounterLimit | None = None
 
     def __post_init__(self) -> None:
-        if self.pcrs is None and self.authorization is None:
-            raise UsageError(
-                "nothing says when the TPM may open it", hint="give --tpm2-pcrs, such as sha256:7, or --tpm2-authorize"
-            )
+        check_conditions(self.pcrs, self.authorization)
 
     @property
     def branches(self) -> list[bytes]:
@@ -183,6 +180,14 @@ class Policy:
         """Every set of PCR values it can be met with: those at sealing, and those approved since."""
         approved = [approval.pcrs for approval in self.authorization.approvals] if self.authorization else []
         return ([self.pcrs] if self.pcrs is not None else []) + approved
+
+
+def check_conditions(pcrs: PcrRequest | PcrValues | None, authorization: Authorization | None) -> None:
+    """Raises: UsageError where a policy would have neither."""
+    if pcrs is None and authorization is None:
+        raise UsageError(
+            "nothing says when the TPM may open it", hint="give --tpm2-pcrs, such as sha256:7, or --tpm2-authorize"
+        )
 
 
 def parse_pcrs(text: str) -> PcrRequest:

@@ -19,28 +19,39 @@ from encfs.keys.jwkjson import check_kid
 from encfs.keys.secrets import KEK_SIZE, SymmetricKey, wipe
 from encfs.tpm import structures
 from encfs.tpm.connection import translated
+from encfs.tpm.counter import current_limit
 from encfs.tpm.keyfile import TpmObject
-from encfs.tpm.policy import PcrRequest, PcrValues, Policy
+from encfs.tpm.policy import Authorization, PcrRequest, PcrValues, Policy, check_conditions
 from encfs.tpm.storage import Storage, opened_storage
 
 #: Longest key id (bytes): 128 bytes are the most that a TPM seals for sure (MAX_SYM_DATA; Part 2, 11.1.14).
 MAX_KID_SIZE = 128 - KEK_SIZE
 
 
-def seal(key: SymmetricKey, request: PcrRequest) -> TpmObject:
-    """`key` so that only this machine's TPM gives it back, and only with these PCR values. Write it to a file.
+def seal(
+    key: SymmetricKey,
+    request: PcrRequest | None,
+    authorization: Authorization | None = None,
+    counter_index: int | None = None,
+) -> TpmObject:
+    """`key` so that only this machine's TPM gives it back, and only while the policy is met. Write it to a file.
 
-    PCRs that the request gives no value for are sealed to what they hold now.
+    PCRs that the request gives no value for are sealed to what they hold now, a counter to its present value; the
+    counter is made if nothing is at its index.
 
-    Raises: KeyFileError for a key id that is too long; KeyProviderError where the TPM cannot be used.
+    Raises: KeyFileError for a key id that is too long; KeyProviderError where the TPM cannot be used; UsageError with
+    neither PCRs nor an authorization.
     """
+    check_conditions(request, authorization)
     kid = (key.kid or "").encode("ascii")
     if len(kid) > MAX_KID_SIZE:
         raise KeyFileError(f"the key id is longer than the {MAX_KID_SIZE} bytes that a TPM has room for")
     secret = bytearray(key.secret + kid)
     try:
         with opened_storage() as storage:
-            policy = Policy(_values(storage, request))
+            pcrs = _values(storage, request) if request is not None else None
+            counter = current_limit(storage, counter_index) if counter_index is not None else None
+            policy = Policy(pcrs, authorization, counter)
             with translated("seal the key"):
                 public, private = storage.create(structures.sealed_data(policy.digest()), secret)
             return TpmObject("sealed", storage.root_name, storage.root_handle, public, private, policy)
@@ -68,6 +79,12 @@ def unseal(found: TpmObject) -> SymmetricKey:
         return SymmetricKey(secret[:KEK_SIZE], _kid(bytes(secret[KEK_SIZE:])))
     finally:
         wipe(secret)
+
+
+def present_values(request: PcrRequest) -> PcrValues:
+    """What a request asks for, with what this machine's PCRs hold now. Raises: KeyProviderError."""
+    with opened_storage() as storage:
+        return _values(storage, request)
 
 
 def _values(storage: Storage, request: PcrRequest) -> PcrValues:

@@ -31,7 +31,7 @@ from tpm2_pytss import (
     TPMU_SIGNATURE,
 )
 
-from encfs.errors import FormatError, KeyProviderError, KeyRefusedError
+from encfs.errors import KeyFileError, KeyProviderError, KeyRefusedError
 from encfs.tpm import structures
 from encfs.tpm.connection import HANDLE, NV_UNINITIALIZED, PCR, VALUE, flushed, opened_tpm, translated
 from encfs.tpm.policy import Approval, Authorization, CounterLimit, PcrValues, Policy, differing
@@ -158,14 +158,14 @@ class Storage:
             nearest.append((len(different), pcrs.bank, different))
         if not nearest:
             raise KeyRefusedError(
-                "no PCR values have been approved yet", hint="take a file with an approval of the present ones"
+                "no PCR values have been approved yet", hint="approve the present ones with encfs approve"
             )
         _, bank, different = min(nearest)
         which = f"{'PCR' if len(different) == 1 else 'PCRs'} {', '.join(map(str, different))} ({bank})"
         where = "those at sealing" if policy.pcrs is not None and len(alternatives) == 1 else "any that were approved"
         raise KeyRefusedError(
             f"{which} differ from {where}: the machine was not started as it was then",
-            hint="start what was sealed to, or seal again",
+            hint="start what was sealed to; or seal again, or approve the new values with encfs approve",
         )
 
     def _authorize(self, session: ESYS_TR, authorization: Authorization, approval: Approval) -> None:
@@ -289,7 +289,9 @@ def _signature(der: bytes) -> TPMT_SIGNATURE:
     try:
         r, s = (value.to_bytes(32) for value in decode_dss_signature(der))
     except (ValueError, OverflowError):
-        raise FormatError("the signature of an approval is malformed") from None
+        raise KeyFileError(
+            "the signature of an approval is malformed", hint="take the approval from who signed it"
+        ) from None
     return TPMT_SIGNATURE(
         sigAlg=TPM2_ALG.ECDSA,
         signature=TPMU_SIGNATURE(

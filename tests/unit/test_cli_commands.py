@@ -72,7 +72,10 @@ def test_every_command_of_the_issue_is_there() -> None:
             for name in ("keygen", "encrypt", "decrypt", "inspect", "ls", "verify", "sign", "copy", "push", "pull")
         ),
         *("imagetool recipients " + name for name in ("list", "add", "remove")),
-        *("encfs " + name for name in ("mount", "umount", "status", "cat", "ls", "extract", "seal", "unseal")),
+        *(
+            "encfs " + name
+            for name in ("mount", "umount", "status", "cat", "ls", "extract", "seal", "unseal", "approve", "advance")
+        ),
     }
 
 
