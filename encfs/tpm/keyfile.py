@@ -2,7 +2,7 @@
 
     {
       "format": "encfs-tpm2/1",
-      "kind": "sealed",                  sealed: a key-encryption key; key: a private key; ak: an attestation key
+      "kind": "sealed",                  sealed: a key-encryption key; ak: an attestation key
       "srk": {"name": HEX, "handle": "0x81000001" or null},
       "public": BASE64,                  TPMT_PUBLIC
       "private": BASE64,                 encrypted by the TPM, opaque
@@ -28,13 +28,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast
 
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from encfs.encoding import b64_decode, b64_encode, hex_decode
 from encfs.errors import ConflictError, EncfsError, FormatError, KeyFileError, StorageError
 from encfs.keys import jwkjson
 from encfs.keys.files import create_file, read_key_file
-from encfs.keys.jwk import PublicKey, public_key
+from encfs.keys.jwk import PublicKey
 from encfs.strictjson import loads_object, show_name
 from encfs.tpm import structures
 from encfs.tpm.policy import (
@@ -53,19 +53,15 @@ FORMAT = "encfs-tpm2/1"
 MAX_FILE_SIZE = 64 << 10
 
 _MAX_AREA_SIZE = 2048
-# More than any object here has (RSA-3072 under SHA-256: below 500), less than the TPM library has room for.
+# More than any object here has (RSA-2048 under SHA-256: below 400), less than the TPM library has room for.
 _MAX_PRIVATE_SIZE = 1024
 _MAX_SIGNATURE_SIZE = 80
 _NAME_SIZE = 2 + structures.DIGEST_SIZE
 # Persistent handles (Part 2, 7.4).
 _PERSISTENT = range(0x8100_0000, 0x8200_0000)
 
-Kind = Literal["sealed", "key", "ak"]
-_KINDS = ("sealed", "key", "ak")
-
-#: RSA keys that a TPM makes for this project, and curves.
-RSA_SIZES = (2048, 3072)
-CURVES = (ec.SECP256R1(), ec.SECP384R1())
+Kind = Literal["sealed", "ak"]
+_KINDS = ("sealed", "ak")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,22 +75,25 @@ class TpmObject:
     private: bytes = field(repr=False)
     policy: Policy | None
 
-    def key(self) -> PublicKey:
-        """The public half of a `key` or `ak`. Raises: FormatError where the public area is no template of ours."""
-        return public_key(_handle(self))
+    def key(self) -> rsa.RSAPublicKey:
+        """The public half of an `ak`. Raises: FormatError where the public area is not that of one."""
+        n = structures.modulus_of_rsa(self.public, structures.attestation_key())
+        if structures.attestation_key(n) != self.public:
+            raise FormatError("the public area is not that of an attestation key")
+        return structures.rsa_public_key(n)
 
     def check(self) -> None:
         """Raises: FormatError unless the public area is what kind and policy come to."""
         if (self.kind == "ak") != (self.policy is None):
             raise FormatError(f"an object of kind {self.kind} has no policy, or one too many")
-        if self.kind == "sealed":
+        if self.policy is not None:
             unique = structures.unique_of_sealed(self.public)
             if len(unique) != structures.DIGEST_SIZE:
                 raise FormatError(f"what is unique about the sealed object is {len(unique)} bytes long")
-            if structures.sealed_data(_digest(self), unique) != self.public:
+            if structures.sealed_data(self.policy.digest(), unique) != self.public:
                 raise FormatError("the policy is not that of the sealed object")
         else:
-            _handle(self)
+            self.key()
 
 
 def load_object(path: str | os.PathLike[str]) -> TpmObject:
@@ -293,39 +292,3 @@ def _number(value: object, allowed: range, what: str) -> int:
         if number in allowed:
             return number
     raise FormatError(f"{what} is malformed")
-
-
-# -- public areas
-
-
-def _digest(found: TpmObject) -> bytes:
-    return found.policy.digest() if found.policy is not None else b""
-
-
-def _handle(found: TpmObject) -> ec.EllipticCurvePublicKey | rsa.RSAPublicKey:
-    """The public key of the area, for the one template that gives exactly this area."""
-    policy = _digest(found)
-    if found.kind == "ak":
-        n = _tail_of_rsa(found.public, structures.attestation_key())
-        if n is not None and structures.attestation_key(n) == found.public:
-            return structures.rsa_public_key(n)
-        raise FormatError("the public area is not that of an attestation key")
-    for bits in RSA_SIZES:
-        n = _tail_of_rsa(found.public, structures.rsa_key(policy, bits))
-        if n is not None and structures.rsa_key(policy, bits, n) == found.public:
-            return structures.rsa_public_key(n)
-    for curve in CURVES:
-        try:
-            x, y = structures.point_of_ecc(found.public, curve)
-        except FormatError:
-            continue
-        if structures.ecc_key(policy, curve, x, y) == found.public:
-            return structures.ecc_public_key(curve, x, y)
-    raise FormatError("the policy is not that of the key, or the key is of another kind")
-
-
-def _tail_of_rsa(public: bytes, template: bytes) -> bytes | None:
-    try:
-        return structures.modulus_of_rsa(public, template)
-    except FormatError:
-        return None

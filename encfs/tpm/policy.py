@@ -176,11 +176,6 @@ class Policy:
             digest = _extend(bytes(structures.DIGEST_SIZE), _CC_POLICY_OR, b"".join(branches))
         return digest if self.counter is None else self.counter.policy(digest)
 
-    def alternatives(self) -> list[PcrValues]:
-        """Every set of PCR values it can be met with: those at sealing, and those approved since."""
-        approved = [approval.pcrs for approval in self.authorization.approvals] if self.authorization else []
-        return ([self.pcrs] if self.pcrs is not None else []) + approved
-
 
 def check_conditions(pcrs: PcrRequest | PcrValues | None, authorization: Authorization | None) -> None:
     """Raises: UsageError where a policy would have neither."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from tpm2_pytss import ESYS_TR, TPM2B_PUBLIC, TPML_PCR_SELECTION, TPMS_ATTEST
 
@@ -74,10 +73,7 @@ def attestation_public_key(found: TpmObject) -> bytes:
     """DER SubjectPublicKeyInfo of an AK: what a verifier's policy names. Raises: KeyFileError for other objects."""
     if found.kind != "ak":
         raise KeyFileError("it is not an attestation key", hint="make one with encfs.tpm.quote.create_attestation_key")
-    handle = found.key().handle
-    if not isinstance(handle, rsa.RSAPublicKey):
-        raise KeyFileError("it is not an attestation key", hint="make one with encfs.tpm.quote.create_attestation_key")
-    return handle.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return found.key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
 def collect_tpm_evidence(

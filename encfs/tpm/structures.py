@@ -31,8 +31,8 @@ PCR_COUNT = 24
 DIGEST_SIZE = 32
 
 _ALG_RSA, _ALG_AES, _ALG_KEYEDHASH, _ALG_SHA256 = 0x0001, 0x0006, 0x0008, 0x000B
-_ALG_NULL, _ALG_RSASSA, _ALG_OAEP, _ALG_ECDSA, _ALG_ECC, _ALG_CFB = 0x0010, 0x0014, 0x0017, 0x0018, 0x0023, 0x0043
-_CURVES = {"secp256r1": (0x0003, 32), "secp384r1": (0x0004, 48)}
+_ALG_NULL, _ALG_RSASSA, _ALG_ECDSA, _ALG_ECC, _ALG_CFB = 0x0010, 0x0014, 0x0018, 0x0023, 0x0043
+_CURVE_P256 = 0x0003
 
 # TPMA_OBJECT (8.3).
 _FIXED = 0x02 | 0x10  # fixedTPM, fixedParent: never leaves this TPM
@@ -42,7 +42,6 @@ _RESTRICTED, _DECRYPT, _SIGN = 0x10000, 0x20000, 0x40000
 
 # noDA: these have no password to guess, and a TPM in lockout still opens them.
 SEALED_ATTRIBUTES = _FIXED | _ADMIN_POLICY | _NO_DA
-KEY_ATTRIBUTES = _FIXED | _ORIGIN | _ADMIN_POLICY | _NO_DA | _DECRYPT
 STORAGE_ATTRIBUTES = _FIXED | _ORIGIN | _USER_AUTH | _NO_DA | _RESTRICTED | _DECRYPT
 #: What a storage root key that somebody else made must have set at least.
 STORAGE_ATTRIBUTES_NEEDED = _FIXED | _ORIGIN | _RESTRICTED | _DECRYPT
@@ -51,7 +50,6 @@ _AUTHORIZER_ATTRIBUTES = _USER_AUTH | _SIGN
 
 _NONE = struct.pack(">H", _ALG_NULL)
 _AES_128_CFB = struct.pack(">HHH", _ALG_AES, 128, _ALG_CFB)
-_OAEP_SHA256 = struct.pack(">HH", _ALG_OAEP, _ALG_SHA256)
 _ECDSA_SHA256 = struct.pack(">HH", _ALG_ECDSA, _ALG_SHA256)
 _RSASSA_SHA256 = struct.pack(">HH", _ALG_RSASSA, _ALG_SHA256)
 
@@ -77,22 +75,12 @@ def pcr_selection(bank: str, indices: Iterable[int]) -> bytes:
 
 def storage_root() -> bytes:
     """The template of the storage root key (SRK): ECC P-256, as the TCG's provisioning guidance has it."""
-    return _ecc(STORAGE_ATTRIBUTES, b"", _AES_128_CFB, _NONE, ec.SECP256R1(), bytes(32), bytes(32))
+    return _ecc(STORAGE_ATTRIBUTES, b"", _AES_128_CFB, _NONE, bytes(32), bytes(32))
 
 
 def sealed_data(policy: bytes, unique: bytes = b"") -> bytes:
     """Data that opens only under `policy` (a digest)."""
     return _head(_ALG_KEYEDHASH, SEALED_ATTRIBUTES, policy) + _NONE + sized(unique)
-
-
-def ecc_key(policy: bytes, curve: ec.EllipticCurve, x: bytes = b"", y: bytes = b"") -> bytes:
-    """A key for ECDH that is used only under `policy`."""
-    return _ecc(KEY_ATTRIBUTES, policy, _NONE, _NONE, curve, x, y)
-
-
-def rsa_key(policy: bytes, bits: int, n: bytes = b"") -> bytes:
-    """A key for RSA-OAEP with SHA-256 that is used only under `policy`."""
-    return _rsa(KEY_ATTRIBUTES, policy, _OAEP_SHA256, bits, n)
 
 
 def attestation_key(n: bytes = b"") -> bytes:
@@ -104,7 +92,7 @@ def authorizer(key: ec.EllipticCurvePublicKey) -> bytes:
     """Somebody's P-256 key whose ECDSA signatures approve policies."""
     numbers = key.public_numbers()
     x, y = numbers.x.to_bytes(32), numbers.y.to_bytes(32)
-    return _ecc(_AUTHORIZER_ATTRIBUTES, b"", _NONE, _ECDSA_SHA256, ec.SECP256R1(), x, y)
+    return _ecc(_AUTHORIZER_ATTRIBUTES, b"", _NONE, _ECDSA_SHA256, x, y)
 
 
 def unique_of_sealed(public: bytes) -> bytes:
@@ -112,23 +100,9 @@ def unique_of_sealed(public: bytes) -> bytes:
     return _last_fields(public, 1, len(sealed_data(bytes(DIGEST_SIZE))) - 2)[0]
 
 
-def point_of_ecc(public: bytes, curve: ec.EllipticCurve) -> tuple[bytes, bytes]:
-    """x and y of an `ecc_key` (big-endian). Raises: FormatError."""
-    x, y = _last_fields(public, 2, len(ecc_key(bytes(DIGEST_SIZE), curve)) - 4)
-    return x, y
-
-
 def modulus_of_rsa(public: bytes, template: bytes) -> bytes:
     """n of an area made from `template`, one of the RSA templates (big-endian). Raises: FormatError."""
     return _last_fields(public, 1, len(template) - 2)[0]
-
-
-def ecc_public_key(curve: ec.EllipticCurve, x: bytes, y: bytes) -> ec.EllipticCurvePublicKey:
-    """Raises: FormatError for a point that is not on the curve."""
-    try:
-        return ec.EllipticCurvePublicNumbers(int.from_bytes(x), int.from_bytes(y), curve).public_key()
-    except ValueError:
-        raise FormatError("a point is not on its curve") from None
 
 
 def rsa_public_key(n: bytes) -> rsa.RSAPublicKey:
@@ -139,20 +113,12 @@ def rsa_public_key(n: bytes) -> rsa.RSAPublicKey:
         raise FormatError("an RSA modulus is malformed") from None
 
 
-def coordinate_size(curve: ec.EllipticCurve) -> int:
-    """Bytes of a coordinate."""
-    return _CURVES[curve.name][1]
-
-
 def _head(kind: int, attributes: int, policy: bytes) -> bytes:
     return struct.pack(">HHI", kind, _ALG_SHA256, attributes) + sized(policy)
 
 
-def _ecc(
-    attributes: int, policy: bytes, symmetric: bytes, scheme: bytes, curve: ec.EllipticCurve, x: bytes, y: bytes
-) -> bytes:
-    number, _ = _CURVES[curve.name]
-    parameters = symmetric + scheme + struct.pack(">H", number) + _NONE
+def _ecc(attributes: int, policy: bytes, symmetric: bytes, scheme: bytes, x: bytes, y: bytes) -> bytes:
+    parameters = symmetric + scheme + struct.pack(">H", _CURVE_P256) + _NONE
     return _head(_ALG_ECC, attributes, policy) + parameters + sized(x) + sized(y)
 
 
