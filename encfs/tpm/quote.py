@@ -3,7 +3,7 @@
 `tpm`: {"ak_public": BASE64 DER SubjectPublicKeyInfo,
         "tpm_quote": {"message": BASE64 TPMS_ATTEST, "signature": BASE64 TPMT_SIGNATURE, "pcrs": [24 values in hex]}}
 
-The attestation key (AK) is trusted because its owner enrolled it: `create_attestation_key` while the machine is in good
+The attestation key (AK) is trusted because its owner enrolled it: `encfs attest enrol` while the machine is in good
 hands, its public half into the verifier's policy. Verifying is `encfs.attestation`'s.
 """
 
@@ -72,7 +72,7 @@ def create_attestation_key() -> TpmObject:
 def attestation_public_key(found: TpmObject) -> bytes:
     """DER SubjectPublicKeyInfo of an AK: what a verifier's policy names. Raises: KeyFileError for other objects."""
     if found.kind != "ak":
-        raise KeyFileError("it is not an attestation key", hint="make one with encfs.tpm.quote.create_attestation_key")
+        raise KeyFileError("it is not an attestation key", hint="make one with encfs attest enrol")
     return found.key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 
@@ -135,7 +135,7 @@ def read_nv(storage: Storage, index: int, what: str) -> bytes:
 def _quote_with_handle(storage: Storage, handle: int, report_data: bytes, bank: str, selected: list[int]) -> Quote:
     absent = KeyProviderError(
         f"no attestation key is at {handle:#010x}",
-        hint="make one with encfs.tpm.quote.create_attestation_key, and name its file",
+        hint="make one with encfs attest enrol, and name its file",
     )
     with translated("look at the attestation key", {HANDLE: absent}):
         key = storage.tpm.tr_from_tpmpublic(handle)

@@ -174,6 +174,11 @@ def test_json_of_commands_that_read(shared: Shell) -> None:
     verified = shared.json("imagetool", "verify", "oci:store:v3", *OPEN)
     assert verified["decrypted"] is True
     assert shape(verified["origin"]) == shape(documented("imagetool decrypt")["origin"])
+    listed_providers = shared.json("encfs", "providers")
+    assert listed_providers.keys() == documented("encfs providers").keys()
+    offered = cast("list[dict[str, object]]", listed_providers["providers"])
+    assert {"scheme": "file", "usable": True, "reason": None} in offered
+    assert all(set(one) == {"scheme", "usable", "reason"} for one in offered)
     for program in ("imagetool", "encfs"):
         listed = shared.json(program, "ls", "oci:store:v3", "small.txt", *OPEN)
         assert_as_documented("imagetool ls", listed)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_der_public_key,
+    load_pem_public_key,
+)
 
 from encfs.attestation.kbs import from_kbs_evidence
 from encfs.attestation.policy import EvidencePolicy
 from encfs.attestation.verify import verify_evidence
-from encfs.errors import KeyFileError, KeyProviderError, KeyRefusedError
+from encfs.errors import ConflictError, KeyFileError, KeyProviderError, KeyRefusedError
 from encfs.tpm.keyfile import load_object, write_object
 from encfs.tpm.quote import (
     attestation_public_key,
@@ -22,6 +28,8 @@ from encfs.tpm.quote import (
     collect_tpm_evidence,
     create_attestation_key,
 )
+from tests.integration.test_cli_workflow import assert_as_documented
+from tests.integration.test_tpm_sealing import ok, refused
 from tests.support.tpm import SoftwareTpm, software_tpm, tpm
 
 __all__ = ["tpm"]
@@ -182,3 +190,23 @@ def test_a_file_of_another_kind(tmp_path: Path) -> None:
     (tmp_path / "x").write_text('{"format": "x"}')
     with pytest.raises(KeyFileError, match="no TPM key file"):
         collect_tpm_evidence(REPORT_DATA, tmp_path / "x")
+
+
+def test_enrolling_by_command(tpm: SoftwareTpm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = json.loads(ok("encfs", "attest", "enrol", "-o", "ak.tpm", "--json"))
+    assert_as_documented("encfs attest enrol", made)
+    public = load_pem_public_key((tmp_path / "ak.tpm.pub").read_bytes())
+    der = public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    assert made["fingerprint"] == hashlib.sha256(der).hexdigest()
+    evidence = collect_tpm_evidence(REPORT_DATA, tmp_path / "ak.tpm")
+    assert base64.b64decode(str(evidence["ak_public"])) == der
+    assert judged(tpm, tmp_path, evidence, REPORT_DATA[:32])
+    assert "ak.tpm exists" in refused(ConflictError, "encfs", "attest", "enrol", "-o", "ak.tpm")
+    Path("ak.tpm").rename("other.tpm")
+    assert "ak.tpm.pub exists" in refused(ConflictError, "encfs", "attest", "enrol", "-o", "ak.tpm")
+    assert not Path("ak.tpm").exists()
+    monkeypatch.setenv("TPM2TOOLS_TCTI", "device:/dev/no-such-tpm")
+    assert "there is no TPM to use" in refused(KeyProviderError, "encfs", "attest", "enrol", "-o", "third.tpm")
+    assert not Path("third.tpm").exists()
+    assert "holds no sealed key" in refused(KeyFileError, "encfs", "unseal", "other.tpm")

@@ -74,7 +74,20 @@ def test_every_command_of_the_issue_is_there() -> None:
         *("imagetool recipients " + name for name in ("list", "add", "remove")),
         *(
             "encfs " + name
-            for name in ("mount", "umount", "status", "cat", "ls", "extract", "seal", "unseal", "approve", "advance")
+            for name in (
+                "mount",
+                "umount",
+                "status",
+                "cat",
+                "ls",
+                "extract",
+                "seal",
+                "unseal",
+                "approve",
+                "advance",
+                "providers",
+                "attest enrol",
+            )
         ),
     }
 

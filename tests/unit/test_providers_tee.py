@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 
+from encfs.attestation.collect.sev_guest import device_problem
 from encfs.errors import KeyFileError, KeyProviderError, WrongKeyError
 from encfs.keys.keyring import create_keyring, parse_keyring
-from encfs.keys.providers import gramine, snp
+from encfs.keys.providers import availabilities, gramine, known_schemes, snp
+from encfs.keys.providers.cdh import CdhProvider
+from encfs.keys.providers.gramine import GramineProvider
 from encfs.keys.secrets import SymmetricKey
 from tests.support.keys import DIGEST
 from tests.support.sev_guest import Firmware
@@ -126,3 +130,37 @@ def test_gramine_names_stay_in_their_directory(tmp_path: Path) -> None:
             gramine.GramineProvider(name)
     with pytest.raises(KeyProviderError, match="cannot be read"):
         gramine.derived_kek("absent", root=tmp_path)
+
+
+def test_what_this_machine_offers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TPM2TOOLS_TCTI", "device:/dev/no-such-tpm")
+    found = {one.scheme: one for one in availabilities()}
+    assert set(found) == set(known_schemes()) >= {"file", "env", "passphrase", "kbs", "cdh", "snp", "gramine", "tpm2"}
+    assert all(found[scheme].usable for scheme in ("file", "env", "passphrase"))
+    assert found["tpm2"].reason == "/dev/no-such-tpm does not exist"
+    monkeypatch.setattr("encfs.keys.providers.gramine.ROOT", tmp_path)
+    assert "no SGX enclave under Gramine" in str(GramineProvider.unavailable())
+    (tmp_path / "keys").mkdir()
+    assert GramineProvider.unavailable() is None
+    device = tmp_path / "sev-guest"
+    assert "is no SEV-SNP guest" in str(device_problem(device))
+    device.touch()
+    assert device_problem(device) is None
+
+
+def test_whether_a_hub_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr("encfs.keys.providers.cdh.PORT", server.getsockname()[1])
+        assert CdhProvider.unavailable() is None
+    assert "Connection refused" in str(CdhProvider.unavailable())
+
+
+def test_a_provider_that_cannot_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / "odd-1.dist-info"
+    directory.mkdir()
+    (directory / "METADATA").write_text("Metadata-Version: 2.1\nName: odd\nVersion: 1\n")
+    (directory / "entry_points.txt").write_text("[encfs.key_providers]\nodd = no_such_module:Provider\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = {one.scheme: one for one in availabilities()}
+    assert not found["odd"].usable
+    assert "cannot be loaded" in str(found["odd"].reason)

@@ -89,6 +89,15 @@ KEY_FIELDS: Mapping[str, int] = MappingProxyType(
 ROOT_KEYS: Mapping[str, int] = MappingProxyType({"vcek": 0, "vmrk": 1})
 
 
+def device_problem(device: Path = DEVICE) -> str | None:
+    """Why the device cannot be used by this process, found out by looking; None where it can."""
+    if not device.exists():
+        return f"{device} does not exist: this is no SEV-SNP guest"
+    if not os.access(device, os.R_OK | os.W_OK):
+        return f"{device} may not be opened by this user"
+    return None
+
+
 def collect_report(report_data: bytes, *, vmpl: int = 0, device: Path = DEVICE, ioctl: Ioctl = fcntl.ioctl) -> Evidence:
     """A report over up to 64 bytes, with the certificates that the host has for it (often none).
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, cast, runtime_checkable
 
 from encfs.errors import KeyFileError, KeyProviderError
@@ -61,7 +62,21 @@ class FetchingProvider(Protocol):
         """The key, a copy that the caller wipes. Raises: KeyFileError, KeyProviderError."""
 
 
+#: May have an attribute `unavailable`, a callable without arguments: why it cannot work on this machine, or None. It
+#: only looks; no secret is touched.
 ProviderFactory = Callable[[str], KeyProvider]
+
+
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """Whether a scheme can be used on this machine; `reason` says why not."""
+
+    scheme: str
+    reason: str | None
+
+    @property
+    def usable(self) -> bool:
+        return self.reason is None
 
 
 def provider_from_uri(uri: str) -> KeyProvider:
@@ -103,6 +118,19 @@ def known_schemes() -> tuple[str, ...]:
     from importlib.metadata import entry_points
 
     return tuple(sorted(entry_points(group=ENTRY_POINT_GROUP).names))
+
+
+def availabilities() -> list[Availability]:
+    """Every installed scheme, sorted."""
+    return [Availability(scheme, _unavailable(scheme)) for scheme in sorted(set(known_schemes()))]
+
+
+def _unavailable(scheme: str) -> str | None:
+    try:
+        look: Callable[[], str | None] | None = getattr(_factory(scheme), "unavailable", None)
+    except KeyProviderError as error:
+        return error.message
+    return look() if look is not None else None
 
 
 def _factory(scheme: str) -> ProviderFactory:

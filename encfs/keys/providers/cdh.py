@@ -6,6 +6,7 @@ resource in clear: to everything in this guest's network namespace. Sealed secre
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Sequence
 
 from encfs.errors import FormatError, KeyFileError, KeyProviderError, TransportError
@@ -20,6 +21,8 @@ from encfs.webclient import Address, Deadline, WebClient
 HOST, PORT = "127.0.0.1", 8006
 #: Seconds: the hub attests before it answers.
 TIMEOUT = 60.0
+# Seconds to see whether anything listens; it is on this machine.
+_LOOK_TIMEOUT = 1.0
 _HINT = "write cdh:REPOSITORY/TYPE/TAG"
 
 
@@ -29,6 +32,14 @@ class CdhProvider:
     def __init__(self, rest: str) -> None:
         self._path, self._port = _parse(rest)
         self._released: ReleasedKey | None = None
+
+    @staticmethod
+    def unavailable() -> str | None:
+        try:
+            with socket.create_connection((HOST, PORT), _LOOK_TIMEOUT):
+                return None
+        except OSError as error:
+            return f"no Confidential Data Hub at {HOST}:{PORT}: {error.strerror or error}"
 
     @property
     def uri(self) -> str:

@@ -66,6 +66,10 @@ class GramineProvider:
                 "the key URI gramine: has a malformed key name", hint="write gramine: or gramine:_sgx_mrsigner"
             )
 
+    @staticmethod
+    def unavailable() -> str | None:
+        return None if (ROOT / "keys").is_dir() else f"{ROOT}/keys does not exist: this is no SGX enclave under Gramine"
+
     @property
     def uri(self) -> str:
         return f"gramine:{self._name}"

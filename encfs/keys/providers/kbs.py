@@ -17,6 +17,7 @@ import logging
 from collections.abc import Sequence
 from urllib.parse import parse_qsl, urlsplit
 
+from encfs.attestation.collect.sev_guest import device_problem
 from encfs.errors import FormatError, KeyFileError
 from encfs.kbs.client import DEFAULT_TIMEOUT, KbsOptions, fetch_resource
 from encfs.kbs.evidence import AUTOMATIC, check_tee, evidence_source
@@ -42,6 +43,11 @@ class KbsProvider:
     def __init__(self, rest: str) -> None:
         self._options, self._path, self._tee = _parse(rest)
         self._released: ReleasedKey | None = None
+
+    @staticmethod
+    def unavailable() -> str | None:
+        problem = device_problem()
+        return f"no TEE that evidence can be collected from: {problem}" if problem else None
 
     @property
     def uri(self) -> str:

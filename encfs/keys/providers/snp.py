@@ -24,7 +24,14 @@ from pathlib import Path
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from encfs.attestation.collect.sev_guest import DEVICE, KEY_FIELDS, ROOT_KEYS, Ioctl, derive_key
+from encfs.attestation.collect.sev_guest import (
+    DEVICE,
+    KEY_FIELDS,
+    ROOT_KEYS,
+    Ioctl,
+    derive_key,
+    device_problem,
+)
 from encfs.errors import AttestationError, KeyFileError, KeyProviderError
 from encfs.keys.recipients import Recipient, unwrap_with_key
 from encfs.keys.secrets import KEK_SIZE, SymmetricKey, wipe
@@ -119,6 +126,10 @@ class SnpProvider:
     def __init__(self, text: str) -> None:
         self._text = text
         self._options = parse_options(text)
+
+    @staticmethod
+    def unavailable() -> str | None:
+        return device_problem()
 
     @property
     def uri(self) -> str:

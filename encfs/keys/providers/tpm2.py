@@ -20,6 +20,12 @@ class Tpm2Provider:
             raise KeyFileError("the key URI tpm2: names no file", hint="write tpm2:FILE; encfs seal makes one")
         self._path = path
 
+    @staticmethod
+    def unavailable() -> str | None:
+        from encfs.tpm.availability import unavailable
+
+        return unavailable()
+
     @property
     def uri(self) -> str:
         return f"tpm2:{self._path}"
