@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 from encfs.errors import AuthenticationError, FormatError, StorageError, TransportError, UnsupportedError
 from encfs.oci.blobs import MAX_MANIFEST_SIZE, Blob, Descriptor, RawManifest
-from encfs.oci.cache import GRAIN, Cache, CachedBlob, Tag, open_cache
+from encfs.oci.cache import GRAIN, Cache, Tag, open_cache
+from encfs.oci.cachedblob import CachedBlob
 from encfs.oci.options import StoreOptions, default_cache_dir
 from encfs.oci.reference import DEFAULT_TAG, Reference
 from encfs.oci.registry import INDEX_TYPE, MANIFEST_TYPE, Registry
@@ -116,7 +117,7 @@ class CachedSource:
 
     def cached_blob(self, descriptor: Descriptor) -> CachedBlob | None:
         """What the cache has of a blob; None without a cache. Raises: FormatError."""
-        return None if self.cache is None else self.cache.blob(descriptor.digest, descriptor.size)
+        return None if self.cache is None else CachedBlob(self.cache, descriptor.digest, descriptor.size)
 
     def remote_blob(self, descriptor: Descriptor) -> RangeBlob:
         """A blob past the cache. Raises: FormatError."""

@@ -1,45 +1,29 @@
 """Fetch whole blobs into the ciphertext cache, verified against their digests.
 
-Not here: reading what is needed when it is needed (`lazy`).
+Not here: reading what is needed when it is needed (`cached`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
 
 from encfs.encoding import parse_digest
 from encfs.errors import IntegrityError, StorageError, UsageError
 from encfs.format.descriptor import SEGMENT_TYPE, TREE_TYPE
 from encfs.oci.blobs import MAX_MANIFEST_SIZE, Descriptor
-from encfs.oci.cache import GRAIN, CachedBlob
 from encfs.oci.cached import CachedSource
+from encfs.oci.cachedblob import CachedBlob, in_order
 from encfs.progress import Progress
 
-#: Bytes of one request, and of one write to the cache.
+#: Bytes of one request.
 _REQUEST_SIZE = 8 << 20
-_WRITE_SIZE = 1 << 20
 _HASH_SIZE = 1 << 20
 #: Wrong bytes are fetched again once.
 _ATTEMPTS = 2
-
-
-class Gate(Protocol):
-    """Holds a background fetch up."""
-
-    def admit(self, size: int) -> None:
-        """Return when `size` more bytes may be fetched. Raises: what ends the fetch."""
-
-
-class OpenGate:
-    """Lets everything pass."""
-
-    def admit(self, size: int) -> None:
-        return
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +43,9 @@ def fill_cache(source: CachedSource, blobs: Iterable[Descriptor], progress: Prog
     take them; IntegrityError, NotFoundError, TransportError, AuthenticationError.
     """
     wanted = list({item.digest: item for item in blobs}.values())
-    check_room(source, wanted)
-    missing = sum(count_missing(source, item) for item in wanted)
-    filler = Filler(source, OpenGate(), progress)
+    _check_room(source, wanted)
+    missing = sum(_count_missing(source, item) for item in wanted)
+    filler = _Filler(source, progress)
     progress.begin("fetch", missing)
     try:
         for item in wanted:
@@ -72,7 +56,7 @@ def fill_cache(source: CachedSource, blobs: Iterable[Descriptor], progress: Prog
     return FillResult(len(wanted), sum(item.size for item in wanted), filler.fetched)
 
 
-def check_room(source: CachedSource, blobs: Iterable[Descriptor]) -> None:
+def _check_room(source: CachedSource, blobs: Iterable[Descriptor]) -> None:
     """Raises: UsageError where the source has no cache, or one that cannot hold the blobs."""
     if source.cache is None:
         raise UsageError("there is no cache to fetch into", hint="name a directory with --cache-dir")
@@ -84,44 +68,42 @@ def check_room(source: CachedSource, blobs: Iterable[Descriptor]) -> None:
         )
 
 
-def is_document(blob: Descriptor) -> bool:
+def _is_document(blob: Descriptor) -> bool:
     """Whether a blob is read whole, and kept so, rather than in parts."""
     return blob.size <= MAX_MANIFEST_SIZE and blob.media_type not in (TREE_TYPE, SEGMENT_TYPE)
 
 
-def count_missing(source: CachedSource, blob: Descriptor) -> int:
+def _count_missing(source: CachedSource, blob: Descriptor) -> int:
     """Bytes of a blob that the cache lacks."""
     if source.cache is None:
         return blob.size
-    if is_document(blob):
+    if _is_document(blob):
         return 0 if source.cache.read_document(blob.digest, MAX_MANIFEST_SIZE) is not None else blob.size
-    return sum(end - start for start, end in source.cache.blob(blob.digest, blob.size).missing(0, blob.size))
+    return sum(end - start for start, end in CachedBlob(source.cache, blob.digest, blob.size).missing(0, blob.size))
 
 
-class Filler:
+class _Filler:
     """Fills the cache blob by blob. `fill` is for one thread."""
 
-    def __init__(self, source: CachedSource, gate: Gate, progress: Progress) -> None:
+    def __init__(self, source: CachedSource, progress: Progress) -> None:
         self.fetched = 0
         self._source = source
-        self._gate = gate
         self._progress = progress
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(max(1, source.options.concurrency), thread_name_prefix="fill")
 
     def fill(self, blob: Descriptor) -> None:
         """Raises: as `fill_cache`."""
-        if is_document(blob):
-            missing = count_missing(self._source, blob)
-            self._gate.admit(missing)
+        if _is_document(blob):
+            missing = _count_missing(self._source, blob)
             self._source.read_blob(blob, limit=MAX_MANIFEST_SIZE)
             self._count(missing)
             return
         cached = self._source.cached_blob(blob)
-        assert cached is not None  # noqa: S101 - `check_room` came first
+        assert cached is not None  # noqa: S101 - `_check_room` came first
         try:
             for _ in range(_ATTEMPTS):
-                self.fetch(blob, cached, 0, blob.size)
+                self._fetch_missing(blob, cached, 0, blob.size)
                 if self._is_whole(blob, cached):
                     return
                 cached.drop(0, blob.size)
@@ -129,7 +111,7 @@ class Filler:
             cached.close()
         raise IntegrityError(f"blob {blob.digest} of {self._source} has other content than its digest says")
 
-    def fetch(self, blob: Descriptor, cached: CachedBlob, start: int, end: int) -> None:
+    def _fetch_missing(self, blob: Descriptor, cached: CachedBlob, start: int, end: int) -> None:
         """Fetch what is missing of a range, unverified."""
         requests = [
             (first, min(first + _REQUEST_SIZE, last))
@@ -149,7 +131,6 @@ class Filler:
 
     def _fetch(self, blob: Descriptor, cached: CachedBlob, start: int, end: int) -> None:
         for first, last in cached.missing(start, end):
-            self._gate.admit(last - first)
             pieces = self._source.remote_blob(blob).pieces(first, last - first)
             for offset, data in in_order(pieces):
                 if not cached.write(offset, data):
@@ -180,22 +161,3 @@ class Filler:
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown(cancel_futures=True)
-
-
-def in_order(pieces: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-    """The same bytes in larger pieces that begin at whole grains wherever the ones before them end there."""
-    held = bytearray()
-    start = 0
-    for offset, piece in pieces:
-        if offset != start + len(held):
-            if held:
-                yield start, bytes(held)
-            held, start = bytearray(), offset
-        held += piece
-        if len(held) >= _WRITE_SIZE:
-            size = (start + len(held)) // GRAIN * GRAIN - start
-            yield start, bytes(held[:size])
-            del held[:size]
-            start += size
-    if held:
-        yield start, bytes(held)

@@ -22,7 +22,8 @@ import pytest
 from encfs.encoding import sha256_digest
 from encfs.errors import StorageError
 from encfs.oci import cache as module
-from encfs.oci.cache import GRAIN, PART_SIZE, Cache, CachedBlob, Tag, open_cache
+from encfs.oci.cache import GRAIN, Cache, Tag, open_cache
+from encfs.oci.cachedblob import PART_SIZE, CachedBlob
 from encfs.oci.options import default_cache_dir
 
 MIB = 1 << 20
@@ -55,7 +56,7 @@ def allocated(cache: Cache) -> int:
 
 
 def test_ranges_count_in_whole_grains(cache: Cache) -> None:
-    blob = cache.blob(DIGEST, SIZE)
+    blob = CachedBlob(cache, DIGEST, SIZE)
     assert blob.missing(0, SIZE) == [(0, SIZE)]
     assert get(blob, 0, 10) is None
     assert blob.write(100, CONTENT[100 : 3 * GRAIN + 5])
@@ -71,7 +72,7 @@ def test_ranges_count_in_whole_grains(cache: Cache) -> None:
 
 
 def test_less_than_a_grain_does_not_count(cache: Cache) -> None:
-    blob = cache.blob(DIGEST, SIZE)
+    blob = CachedBlob(cache, DIGEST, SIZE)
     assert blob.write(1, CONTENT[1 : GRAIN + 1])
     assert blob.missing(0, 2 * GRAIN) == [(0, 2 * GRAIN)]
     assert not part_file(cache).exists()
@@ -79,7 +80,7 @@ def test_less_than_a_grain_does_not_count(cache: Cache) -> None:
 
 def test_files_are_sparse_and_parted(cache: Cache) -> None:
     size = 3 * PART_SIZE + 100
-    blob = cache.blob(DIGEST, size)
+    blob = CachedBlob(cache, DIGEST, size)
     data = random.Random(2).randbytes(2 * GRAIN)
     assert blob.write(PART_SIZE - GRAIN, data)
     assert get(blob, PART_SIZE - GRAIN, 2 * GRAIN) == data
@@ -95,13 +96,13 @@ def test_files_are_sparse_and_parted(cache: Cache) -> None:
 
 
 def test_it_survives_its_process(cache: Cache) -> None:
-    cache.blob(DIGEST, SIZE).write(0, CONTENT)
+    CachedBlob(cache, DIGEST, SIZE).write(0, CONTENT)
     cache.write_document(b"{}")
     cache.write_tag(Tag("docker://host/repository:v1", DIGEST))
     cache.close()
     cache.close()
     again = open_cache(cache.directory, 64 * MIB)
-    blob = again.blob(DIGEST, SIZE)
+    blob = CachedBlob(again, DIGEST, SIZE)
     assert get(blob, 0, SIZE) == CONTENT
     assert again.read_document(sha256_digest(b"{}"), 100) == b"{}"
     assert again.read_tag("docker://host/repository:v1") == Tag("docker://host/repository:v1", DIGEST)
@@ -110,7 +111,7 @@ def test_it_survives_its_process(cache: Cache) -> None:
 
 
 def test_reading_without_waiting(cache: Cache) -> None:
-    blob = cache.blob(DIGEST, SIZE)
+    blob = CachedBlob(cache, DIGEST, SIZE)
     buffer = memoryview(bytearray(GRAIN))
     assert not blob.try_read_into(0, buffer)
     blob.write(0, CONTENT[: 4 * GRAIN])
@@ -125,7 +126,7 @@ def test_reading_without_waiting(cache: Cache) -> None:
 
 def test_what_was_not_marked_is_not_there(cache: Cache) -> None:
     """A crash between writing bytes and marking them: the bytes do not count."""
-    blob = cache.blob(DIGEST, SIZE)
+    blob = CachedBlob(cache, DIGEST, SIZE)
     blob.write(0, CONTENT[:GRAIN])
     with open(part_file(cache), "r+b") as file:
         file.seek(GRAIN)
@@ -136,6 +137,7 @@ def test_what_was_not_marked_is_not_there(cache: Cache) -> None:
 KILLED_WRITER = """
 import os, sys
 from encfs.oci import cache as module
+from encfs.oci.cachedblob import CachedBlob
 cache = module.open_cache(sys.argv[1], 64 << 20)
 real, calls = os.pwrite, 0
 def pwrite(file, data, offset):
@@ -146,7 +148,7 @@ def pwrite(file, data, offset):
         os.kill(os.getpid(), 9)
     return real(file, data, offset)
 os.pwrite = pwrite
-blob = cache.blob("sha256:" + sys.argv[3], 1 << 20)
+blob = CachedBlob(cache, "sha256:" + sys.argv[3], 1 << 20)
 for start in range(0, 1 << 20, 1 << 18):
     blob.write(start, bytes([1 + (start >> 18)]) * (1 << 18))
 """
@@ -158,7 +160,7 @@ def test_a_writer_killed_in_the_middle(cache: Cache, call: int) -> None:
         [sys.executable, "-c", KILLED_WRITER, cache.directory, str(call), "ab" * 32], check=False, timeout=60
     )
     assert done.returncode == -signal.SIGKILL
-    blob = cache.blob("sha256:" + "ab" * 32, MIB)
+    blob = CachedBlob(cache, "sha256:" + "ab" * 32, MIB)
     gaps = blob.missing(0, MIB)
     assert gaps
     # Whatever counts as there is right, and what is not can be written.
@@ -172,21 +174,21 @@ def test_a_writer_killed_in_the_middle(cache: Cache, call: int) -> None:
 
 
 def test_dropping_forgets_the_grains_that_are_touched(cache: Cache) -> None:
-    blob = cache.blob(DIGEST, SIZE)
+    blob = CachedBlob(cache, DIGEST, SIZE)
     blob.write(0, CONTENT)
     blob.drop(GRAIN + 1, GRAIN)
     assert blob.missing(0, SIZE) == [(GRAIN, 3 * GRAIN)]
     assert get(blob, 3 * GRAIN, GRAIN) == CONTENT[3 * GRAIN : 4 * GRAIN]
     other = open_cache(cache.directory, 64 * MIB)
-    assert other.blob(DIGEST, SIZE).missing(0, SIZE) == [(GRAIN, 3 * GRAIN)]
+    assert CachedBlob(other, DIGEST, SIZE).missing(0, SIZE) == [(GRAIN, 3 * GRAIN)]
     other.close()
     blob.drop(0, SIZE)
     assert blob.missing(0, SIZE) == [(0, SIZE)]
-    cache.blob("sha256:" + "0" * 64, SIZE).drop(0, SIZE)
+    CachedBlob(cache, "sha256:" + "0" * 64, SIZE).drop(0, SIZE)
 
 
 def test_a_part_that_cannot_be_marked_is_removed(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    blob = cache.blob(DIGEST, SIZE)
+    blob = CachedBlob(cache, DIGEST, SIZE)
     blob.write(0, CONTENT)
 
     def broken(*_: object) -> int:
@@ -224,8 +226,9 @@ def test_a_damaged_tag_is_none(cache: Cache, content: bytes) -> None:
 WRITER = """
 import sys
 from encfs.oci.cache import open_cache
+from encfs.oci.cachedblob import CachedBlob
 cache = open_cache(sys.argv[1], 64 << 20)
-blob = cache.blob("sha256:" + "cd" * 32, 8 << 20)
+blob = CachedBlob(cache, "sha256:" + "cd" * 32, 8 << 20)
 number = int(sys.argv[2])
 for start in range(number * 4096, 8 << 20, 3 * 4096):
     assert blob.write(start, (start >> 12).to_bytes(4, "big") * 1024)
@@ -236,7 +239,7 @@ cache.close()
 def test_processes_write_to_one_part_at_the_same_time(cache: Cache) -> None:
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, cache.directory, str(number)]) for number in range(3)]
     assert [writer.wait(60) for writer in writers] == [0, 0, 0]
-    blob = cache.blob("sha256:" + "cd" * 32, 8 * MIB)
+    blob = CachedBlob(cache, "sha256:" + "cd" * 32, 8 * MIB)
     assert blob.missing(0, 8 * MIB) == []
     for start in range(0, 8 * MIB, GRAIN):
         assert get(blob, start, GRAIN) == (start >> 12).to_bytes(4, "big") * 1024
@@ -244,10 +247,10 @@ def test_processes_write_to_one_part_at_the_same_time(cache: Cache) -> None:
 
 
 def test_what_another_process_fetched_is_seen_at_once(cache: Cache) -> None:
-    blob = cache.blob(DIGEST, SIZE)
+    blob = CachedBlob(cache, DIGEST, SIZE)
     other = open_cache(cache.directory, 64 * MIB)
     assert get(blob, 0, GRAIN) is None
-    other.blob(DIGEST, SIZE).write(0, CONTENT)
+    CachedBlob(other, DIGEST, SIZE).write(0, CONTENT)
     assert get(blob, 0, SIZE) == CONTENT
     other.close()
 
@@ -257,13 +260,13 @@ def test_what_another_process_fetched_is_seen_at_once(cache: Cache) -> None:
 
 def test_the_size_is_bounded_and_the_least_used_goes(tmp_path: Path) -> None:
     cache = open_cache(str(tmp_path / "cache"), 8 * MIB)
-    kept = cache.blob("sha256:" + "11" * 32, MIB)
+    kept = CachedBlob(cache, "sha256:" + "11" * 32, MIB)
     kept.write(0, bytes(MIB))
     cache.write_document(b"the manifest")
     long_ago = time.time() - 1000
     for number in range(40):
         digest = f"sha256:{number + 100:064x}"
-        cache.blob(digest, MIB).write(0, random.Random(number).randbytes(MIB))
+        CachedBlob(cache, digest, MIB).write(0, random.Random(number).randbytes(MIB))
         os.utime(part_file(cache, digest), (long_ago + number, long_ago + number))
         assert allocated(cache) <= 8 * MIB
     assert get(kept, 0, MIB) == bytes(MIB), "it was the one used last"
@@ -276,7 +279,7 @@ def test_the_size_is_bounded_and_the_least_used_goes(tmp_path: Path) -> None:
 
 def test_a_blob_larger_than_the_cache(tmp_path: Path) -> None:
     cache = open_cache(str(tmp_path / "cache"), 2 * MIB)
-    blob = cache.blob(DIGEST, 32 * MIB)
+    blob = CachedBlob(cache, DIGEST, 32 * MIB)
     for start in range(0, 32 * MIB, MIB):
         blob.write(start, random.Random(start).randbytes(MIB))
         assert allocated(cache) <= 3 * MIB
@@ -285,12 +288,12 @@ def test_a_blob_larger_than_the_cache(tmp_path: Path) -> None:
 
 def test_eviction_frees_space_and_readers_find_nothing_wrong(tmp_path: Path) -> None:
     cache, other = (open_cache(str(tmp_path / "cache"), 8 * MIB) for _ in range(2))
-    blob, same = cache.blob(DIGEST, SIZE), other.blob(DIGEST, SIZE)
+    blob, same = CachedBlob(cache, DIGEST, SIZE), CachedBlob(other, DIGEST, SIZE)
     blob.write(0, CONTENT)
     assert get(same, 0, SIZE) == CONTENT  # both have the file open
     for number in range(12):
         os.utime(part_file(cache), (1, 1)) if part_file(cache).exists() else None
-        cache.blob(f"sha256:{number:064x}", MIB).write(0, bytes(range(256)) * (MIB // 256))
+        CachedBlob(cache, f"sha256:{number:064x}", MIB).write(0, bytes(range(256)) * (MIB // 256))
     assert not part_file(cache).exists()
     held = sum(os.stat(f"/proc/self/fd/{name}").st_blocks for name in open_names() if "(deleted)" in target(name))
     assert held == 0, "no descriptor keeps evicted bytes on the disk"
@@ -327,7 +330,7 @@ def test_eviction_under_busy_readers_and_writers(tmp_path: Path) -> None:
         chance = random.Random(seed)
         while not stopped.is_set():
             number = chance.randrange(6)
-            blob = cache.blob(f"sha256:{number + 1:064x}", MIB)
+            blob = CachedBlob(cache, f"sha256:{number + 1:064x}", MIB)
             start = chance.randrange(0, 12) * 65536
             if chance.random() < 0.4:
                 blob.write(start, bytes([number + 1]) * 65536)
@@ -354,7 +357,7 @@ def test_eviction_under_busy_readers_and_writers(tmp_path: Path) -> None:
 def test_only_one_process_evicts(cache: Cache, tmp_path: Path) -> None:
     import fcntl
 
-    blob = cache.blob(DIGEST, SIZE)
+    blob = CachedBlob(cache, DIGEST, SIZE)
     blob.write(0, CONTENT)
     small = open_cache(cache.directory, MIB)
     lock = os.open(tmp_path / "cache" / "v1", os.O_RDONLY)
@@ -373,7 +376,7 @@ def test_only_one_process_evicts(cache: Cache, tmp_path: Path) -> None:
 def test_a_full_disk_is_said_once_and_otherwise_a_miss(
     cache: Cache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    blob = cache.blob(DIGEST, SIZE)
+    blob = CachedBlob(cache, DIGEST, SIZE)
     blob.write(0, CONTENT[:GRAIN])
 
     def full(*_: object) -> int:
@@ -402,7 +405,7 @@ def test_a_really_full_filesystem(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs", str(place)], check=True)
     try:
         cache = open_cache(str(place / "cache"), 64 * MIB)
-        blob = cache.blob(DIGEST, SIZE)
+        blob = CachedBlob(cache, DIGEST, SIZE)
         results = [
             blob.write(start, CONTENT[start : start + 65536]) for start in range(0, SIZE // 65536 * 65536, 65536)
         ]
@@ -420,7 +423,7 @@ def test_a_really_full_filesystem(tmp_path: Path, caplog: pytest.LogCaptureFixtu
 def test_a_cache_that_is_deleted_while_it_is_used(cache: Cache) -> None:
     import shutil
 
-    blob = cache.blob(DIGEST, SIZE)
+    blob = CachedBlob(cache, DIGEST, SIZE)
     blob.write(0, CONTENT)
     shutil.rmtree(cache.directory)
     assert get(blob, 0, SIZE) == CONTENT, "an open descriptor stays valid"
@@ -435,7 +438,7 @@ def test_a_cache_that_is_deleted_while_it_is_used(cache: Cache) -> None:
 def test_directories_are_private(cache: Cache, tmp_path: Path) -> None:
     for path in (tmp_path / "cache", tmp_path / "cache" / "v1", *(tmp_path / "cache" / "v1").iterdir()):
         assert stat.S_IMODE(path.stat().st_mode) == 0o700
-    cache.blob(DIGEST, SIZE).write(0, CONTENT)
+    CachedBlob(cache, DIGEST, SIZE).write(0, CONTENT)
     assert stat.S_IMODE(part_file(cache).stat().st_mode) == 0o600
 
 
@@ -485,7 +488,7 @@ def test_what_stands_in_place_of_a_part_is_removed(cache: Cache, tmp_path: Path,
             path.mkdir()
         case _:
             path.write_bytes(b"\1" * {"short": 10, "long": 2 * SIZE, "empty": 0}[kind])
-    blob = cache.blob(DIGEST, SIZE)
+    blob = CachedBlob(cache, DIGEST, SIZE)
     assert get(blob, 0, GRAIN) is None
     assert blob.write(0, CONTENT)
     assert get(blob, 0, SIZE) == CONTENT
@@ -494,7 +497,7 @@ def test_what_stands_in_place_of_a_part_is_removed(cache: Cache, tmp_path: Path,
 
 
 def test_odd_map_bytes_mean_absent(cache: Cache) -> None:
-    blob = cache.blob(DIGEST, SIZE)
+    blob = CachedBlob(cache, DIGEST, SIZE)
     blob.write(0, CONTENT)
     grains = -(-SIZE // GRAIN)
     with open(part_file(cache), "r+b") as file:
@@ -536,7 +539,7 @@ def test_strays_are_swept(cache: Cache) -> None:
 def test_names_are_digests(cache: Cache) -> None:
     for digest in ("sha256:../../x", "sha256:" + "A" * 64, "md5:" + "0" * 32, ""):
         with pytest.raises(Exception, match="digest"):
-            cache.blob(digest, SIZE)
+            CachedBlob(cache, digest, SIZE)
         with pytest.raises(Exception, match="digest"):
             cache.read_document(digest, 10)
 
