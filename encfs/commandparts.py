@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -202,6 +202,12 @@ class CacheOptions(RegistryOptions):
         size = DEFAULT_CACHE_SIZE if self.cache_size is None else self.cache_size
         directory = self.cache_dir or default_cache_dir()
         return replace(RegistryOptions.store(self), cache_dir=directory if size else None, cache_size=size)
+
+    def without_cache(self) -> RegistryOptions:
+        """For what is copied once and kept elsewhere. Raises: UsageError where a cache was asked for."""
+        if self.cache_dir is not None or self.cache_size is not None:
+            raise UsageError("--cache-dir and --cache-size are for what goes into the cache", hint="leave them out")
+        return RegistryOptions(**{item.name: getattr(self, item.name) for item in fields(RegistryOptions)})
 
 
 @contextmanager

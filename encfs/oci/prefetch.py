@@ -15,6 +15,7 @@ from encfs.encoding import parse_digest
 from encfs.errors import IntegrityError, StorageError, UsageError
 from encfs.format.descriptor import SEGMENT_TYPE, TREE_TYPE
 from encfs.oci.blobs import MAX_MANIFEST_SIZE, Descriptor
+from encfs.oci.cache import Cache
 from encfs.oci.cached import CachedSource
 from encfs.oci.cachedblob import CachedBlob, in_order
 from encfs.progress import Progress
@@ -43,7 +44,7 @@ def fill_cache(source: CachedSource, blobs: Iterable[Descriptor], progress: Prog
     take them; IntegrityError, NotFoundError, TransportError, AuthenticationError.
     """
     wanted = list({item.digest: item for item in blobs}.values())
-    _check_room(source, wanted)
+    _check_room(require_cache(source), wanted)
     missing = sum(_count_missing(source, item) for item in wanted)
     filler = _Filler(source, progress)
     progress.begin("fetch", missing)
@@ -56,14 +57,19 @@ def fill_cache(source: CachedSource, blobs: Iterable[Descriptor], progress: Prog
     return FillResult(len(wanted), sum(item.size for item in wanted), filler.fetched)
 
 
-def _check_room(source: CachedSource, blobs: Iterable[Descriptor]) -> None:
-    """Raises: UsageError where the source has no cache, or one that cannot hold the blobs."""
+def require_cache(source: CachedSource) -> Cache:
+    """The cache of a source. Raises: UsageError where it has none."""
     if source.cache is None:
         raise UsageError("there is no cache to fetch into", hint="name a directory with --cache-dir")
-    size, room = sum(item.size for item in blobs), source.cache.room
+    return source.cache
+
+
+def _check_room(cache: Cache, blobs: Iterable[Descriptor]) -> None:
+    """Raises: UsageError where the cache cannot hold the blobs."""
+    size, room = sum(item.size for item in blobs), cache.room
     if size > room:
         raise UsageError(
-            f"the artifact has {size} bytes, and a cache of {source.cache.size} bytes keeps {room}",
+            f"the artifact has {size} bytes, and a cache of {cache.size} bytes keeps {room}",
             hint="raise --cache-size",
         )
 
@@ -100,7 +106,7 @@ class _Filler:
             self._count(missing)
             return
         cached = self._source.cached_blob(blob)
-        assert cached is not None  # noqa: S101 - `_check_room` came first
+        assert cached is not None  # noqa: S101 - `require_cache` came first
         try:
             for _ in range(_ATTEMPTS):
                 self._fetch_missing(blob, cached, 0, blob.size)

@@ -43,6 +43,7 @@ from encfs.errors import (
 )
 from encfs.mount.runtime import ENVIRONMENT_VARIABLE
 from tests.support.artifacts import make_small_tree
+from tests.support.documented import assert_as_documented, documented, shape
 
 ROOT = Path(__file__).parents[2]
 TRUST = ["--trust", "owner.jwk.pub", "--id", "acme/chat", "--min-version", "3"]
@@ -135,36 +136,6 @@ def _prepare(path: Path) -> Shell:
     signed = ["--sign", "owner.jwk", "--id", "acme/chat", "--artifact-version", "3"]
     shell.ok("imagetool", "encrypt", "src", "oci:store:v3", "-r", "alice.jwk.pub", *signed)
     return shell
-
-
-def shape(value: object) -> object:
-    """Names and types of a document; of arrays the shapes that occur."""
-    if isinstance(value, dict):
-        return {name: shape(member) for name, member in value.items()}
-    if isinstance(value, list):
-        shapes: list[object] = []
-        for item in value:
-            if shape(item) not in shapes:
-                shapes.append(shape(item))
-        return shapes
-    return "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
-
-
-def documented(command: str) -> dict[str, object]:
-    page = (ROOT / "docs" / "cli.md").read_text()
-    match = re.search(rf"^## {command}$.*?^```json$(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert match is not None
-    document = json.loads(match[1])
-    assert isinstance(document, dict)
-    return document
-
-
-def assert_as_documented(command: str, actual: dict[str, object], *, but: tuple[str, ...] = ("warnings",)) -> None:
-    expected = documented(command)
-    assert actual.keys() == expected.keys()
-    for name in expected.keys() - set(but):
-        assert shape(actual[name]) == shape(expected[name]), name
-    assert isinstance(actual["warnings"], list)
 
 
 def test_json_of_commands_that_read(shared: Shell) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from encfs.errors import IntegrityError, NotFoundError, TransportError, UnsignedError, UsageError
+from tests.support.documented import assert_as_documented
 from tests.support.registry import DockerRegistry, Fault, FaultProxy
 from tests.support.remote import needs_docker_registry, running
 
@@ -136,6 +137,26 @@ def test_mounted_from_the_registry(place: Path, server: DockerRegistry) -> None:
         run(place, "encfs", "umount", "mnt")
 
 
+def test_pulled_into_the_cache_it_is_read_without_the_registry(place: Path, tmp_path: Path) -> None:
+    cache = ["--cache-dir", str(tmp_path / "cache")]
+    with running(tmp_path / "registry") as server:
+        reference = f"docker://{server.host}/cached:v1"
+        run(place, "imagetool", "push", "oci:store:v1", reference, PLAIN)
+        pulled = answer(place, "pull", reference, PLAIN, *cache)
+        assert_as_documented("imagetool pull", pulled)
+        assert pulled["size_fetched"] == pulled["size"] > 40 * MIB
+        assert answer(place, "pull", reference, PLAIN, *cache)["size_fetched"] == 0
+    few = ["--io-timeout", "0.5"]
+    (place / "offline").mkdir()
+    run(place, "encfs", "mount", reference, "offline", PLAIN, *OPEN, *cache, *few)
+    try:
+        assert (place / "offline/weights").read_bytes() == (place / "model/weights").read_bytes()
+    finally:
+        run(place, "encfs", "umount", "offline")
+    # Who keeps no cache has nothing.
+    run(place, "encfs", "cat", reference, "config.json", PLAIN, *OPEN, *few, "--cache-size", "0", code=50)
+
+
 def test_changes_in_the_registry_want_trust(place: Path, server: DockerRegistry) -> None:
     reference = f"docker://{server.host}/changes:v1"
     run(place, "imagetool", "push", "oci:store:v1", reference, PLAIN)
@@ -200,6 +221,8 @@ def test_what_is_refused(place: Path, server: DockerRegistry) -> None:
     assert "--plain-http" in run(place, "imagetool", "inspect", absent, code=TransportError.exit_code)
     for words, message in (
         (["push", absent, "oci:x:v1"], "is not of the form oci:"),
+        (["pull", absent, "oci:x:v1", "--cache-dir", "c"], "are for what goes into the cache"),
+        (["pull", absent, "--cache-size", "0"], "there is no cache to fetch into"),
         (["pull", "oci:store:v1", "oci:x:v1"], "is not of the form docker:"),
         (["push", "oci:store:v1", f"docker://{server.host}/a@sha256:{'0' * 64}"], "a digest cannot be written to"),
         (["inspect", absent, "--key-file", "alice.jwk"], "--key-file is given without --cert-file"),

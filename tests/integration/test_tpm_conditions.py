@@ -12,8 +12,8 @@ import pytest
 from encfs.errors import ConflictError, KeyFileError, KeyProviderError, KeyRefusedError, UsageError
 from encfs.tpm.keyfile import load_object
 from encfs.tpm.policy import MAX_APPROVALS
-from tests.integration.test_cli_workflow import assert_as_documented
 from tests.integration.test_tpm_sealing import flipped, ok, opened, place, plain, refused, run
+from tests.support.documented import assert_as_documented
 from tests.support.tpm import SoftwareTpm, tpm
 
 __all__ = ["place", "tpm"]

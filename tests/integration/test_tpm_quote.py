@@ -28,8 +28,8 @@ from encfs.tpm.quote import (
     collect_tpm_evidence,
     create_attestation_key,
 )
-from tests.integration.test_cli_workflow import assert_as_documented
 from tests.integration.test_tpm_sealing import ok, refused
+from tests.support.documented import assert_as_documented
 from tests.support.tpm import SoftwareTpm, software_tpm, tpm
 
 __all__ = ["tpm"]

@@ -33,8 +33,8 @@ from encfs.keys.providers import fetched_key
 from encfs.keys.secrets import SymmetricKey
 from encfs.tpm.keyfile import load_object
 from tests.integration.test_cdh import Hub, hub
-from tests.integration.test_cli_workflow import assert_as_documented
 from tests.support.artifacts import make_small_tree
+from tests.support.documented import assert_as_documented
 from tests.support.tpm import SoftwareTpm, software_tpm, tpm
 
 __all__ = ["hub", "tpm"]
