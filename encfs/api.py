@@ -11,9 +11,10 @@ from typing import Self
 
 from encfs.artifact import Artifact as OpenedArtifact
 from encfs.artifact import open_artifact
-from encfs.browse import single_volume
+from encfs.browse import open_image
 from encfs.extract import ExtractResult
 from encfs.files import AnyPath, Entry, File, Files
+from encfs.image.artifact import is_needed
 from encfs.keys.files import load_trusted_key
 from encfs.keys.providers import provider_from_uri
 from encfs.oci.options import StoreOptions
@@ -36,7 +37,8 @@ class Artifact:
         """Takes `opened` over. Raises: UnsupportedError, FormatError; `opened` is closed then."""
         self._opened = opened
         try:
-            self.files = Files(single_volume(opened), threads=threads)
+            image = open_image(opened)
+            self.files = Files(image.volume, image.tree, threads=threads)
         except BaseException:
             opened.close()
             raise
@@ -118,7 +120,8 @@ def open_artifact_by_reference(
     with ExitStack() as stack:
         # Closed at the end: what they unwrapped is in the artifact then, and their own secrets are of no further use.
         providers = [stack.enter_context(closing(provider_from_uri(str(uri)))) for uri in _listed(key)]
-        opened = open_artifact(open_source(reference, store), keys=providers, trust=policy, label=ref)
+        source = open_source(reference, store)
+        opened = open_artifact(source, keys=providers, trust=policy, label=ref, wanted=is_needed)
     return Artifact(opened, threads=threads)
 
 

@@ -6,7 +6,8 @@ gives is self-consistent, but its origin is not accepted by anybody yet.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -31,6 +32,9 @@ from encfs.keys.providers import BoundProvider, KeyProvider
 from encfs.keys.secrets import wipe
 from encfs.oci.blobs import MAX_MANIFEST_SIZE, Blob, BlobSource, Descriptor, RawManifest
 from encfs.trust import Origin, TrustPolicy, check_binding, check_trust
+
+#: Volumes whose trees are asked for at the same time.
+_OPENING_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +75,10 @@ class LoadedArtifact:
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """An accepted, opened artifact. Close it, or use it as a context manager."""
+    """An accepted, opened artifact. Close it, or use it as a context manager.
+
+    `volumes` are those that were wanted, in the descriptor's order.
+    """
 
     content: ContentDescriptor
     payload: Payload
@@ -83,6 +90,11 @@ class Artifact:
     def content_digest(self) -> str:
         """`sha256:<hex>` of the content descriptor: the artifact's identity."""
         return self.content.digest
+
+    @property
+    def volume_ids(self) -> tuple[bytes, ...]:
+        """The ids of `volumes`."""
+        return tuple(volume.id for volume in self.volumes)
 
     def close(self) -> None:
         for volume in self.volumes:
@@ -98,12 +110,14 @@ class Artifact:
         self.close()
 
 
-def load_artifact(source: BlobSource) -> LoadedArtifact:
+def load_artifact(source: BlobSource, manifest: RawManifest | None = None) -> LoadedArtifact:
     """Read manifest, descriptor, keyring and signatures of the artifact that the source's reference names.
+
+    `manifest` is the artifact's where it was read before, as one of an image index is.
 
     Raises: FormatError, UnsupportedError, IntegrityError, NotFoundError, what the source raises.
     """
-    manifest = source.manifest()
+    manifest = manifest or source.manifest()
     index = parse_manifest(manifest.content)
     if index.config.media_type != CONTENT_TYPE:
         raise FormatError("the manifest's config is no content descriptor")
@@ -122,30 +136,27 @@ def open_artifact(
     trust: TrustPolicy,
     cache_size: int = DEFAULT_CACHE_SIZE,
     label: str = "",
+    wanted: Callable[[str], bool] | None = None,
+    manifest: RawManifest | None = None,
 ) -> Artifact:
     """Accept an artifact by `trust`, unwrap its keyring with one of `keys`, and open its volumes. O(1) in its size.
 
-    `cache_size` is the bytes of plaintext each volume may keep; `label` names the artifact in messages.
+    `cache_size` is the bytes of plaintext each volume may keep; `label` names the artifact in messages. `wanted` says
+    by its name whether a volume is to be opened (all of them by default); `manifest` as for `load_artifact`.
     Raises: TrustError's subclasses before any key is asked for; MissingKeyError, WrongKeyError, KeyProviderError;
     FormatError, IntegrityError; what the source raises. Takes `source` over: the artifact closes it, or this function
     where it fails.
     """
-    volumes: list[VolumeReader] = []
     try:
-        loaded = load_artifact(source)
+        loaded = load_artifact(source, manifest)
         origin = loaded.check_trust(trust)
         payload = open_payload(loaded, keys)
-        for descriptor in loaded.content.volumes:
-            secret = payload.volume(descriptor.id)
-            volumes.append(
-                _open_volume(source, loaded.content, descriptor, secret.key, cache_size, label or loaded.content_digest)
-            )
+        chosen = [one for one in loaded.content.volumes if wanted is None or wanted(payload.volume(one.id).name)]
+        volumes = _open_volumes(source, loaded.content, chosen, payload, cache_size, label or loaded.content_digest)
     except BaseException:
-        for volume in volumes:
-            volume.close()
         source.close()
         raise
-    return Artifact(loaded.content, payload, origin, tuple(volumes), source)
+    return Artifact(loaded.content, payload, origin, volumes, source)
 
 
 def open_payload(loaded: LoadedArtifact, keys: Sequence[KeyProvider]) -> Payload:
@@ -163,6 +174,32 @@ def open_payload(loaded: LoadedArtifact, keys: Sequence[KeyProvider]) -> Payload
         return parse_payload(content, loaded.content.payload_commitment)
     finally:
         wipe(content)
+
+
+def _open_volumes(
+    source: BlobSource,
+    content: ContentDescriptor,
+    descriptors: Sequence[VolumeDescriptor],
+    payload: Payload,
+    cache_size: int,
+    label: str,
+) -> tuple[VolumeReader, ...]:
+    """Several side by side: each asks the store for the top of its tree."""
+
+    def open_one(descriptor: VolumeDescriptor) -> VolumeReader:
+        return _open_volume(source, content, descriptor, payload.volume(descriptor.id).key, cache_size, label)
+
+    if len(descriptors) == 1:
+        return (open_one(descriptors[0]),)
+    with ThreadPoolExecutor(_OPENING_THREADS, thread_name_prefix="open") as pool:
+        opening = [pool.submit(open_one, descriptor) for descriptor in descriptors]
+    failures = [error for one in opening if (error := one.exception()) is not None]
+    if failures:
+        for one in opening:
+            if one.exception() is None:
+                one.result().close()
+        raise failures[0]
+    return tuple(one.result() for one in opening)
 
 
 def _open_volume(

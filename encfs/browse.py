@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from encfs.artifact import Artifact
-from encfs.erofs.reader import ErofsReader, Inode
+from encfs.erofs.reader import ErofsReader
+from encfs.erofs.tree import Inode, Tree
 from encfs.erofs.walk import walk
-from encfs.errors import SourceError, UnsupportedError
-from encfs.format.volume import VolumeReader
+from encfs.errors import SourceError
+from encfs.format.plaintext import Volume
+from encfs.image.artifact import image_parts
+from encfs.image.merged import MergedTree
+from encfs.image.stack import VolumeStack, open_readers
 
 #: Bytes of a file that are read at a time.
 READ_SIZE = 1 << 20
@@ -30,10 +34,10 @@ _KINDS = {
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A volume and the filesystem in it."""
+    """The bytes of an artifact and the filesystem in them."""
 
-    volume: VolumeReader
-    tree: ErofsReader
+    volume: Volume
+    tree: Tree
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +74,17 @@ class Listed:
         return f"{mode} {inode.nlink:>3} {inode.uid:>6} {inode.gid:>6} {inode.size:>14} {time} {self.name()}{arrow}"
 
 
-def single_volume(artifact: Artifact) -> VolumeReader:
-    """The volume of an artifact that has just one. Raises: UnsupportedError."""
-    if len(artifact.volumes) != 1:
-        raise UnsupportedError(f"the artifact has {len(artifact.volumes)} volumes; this version reads artifacts of one")
-    return artifact.volumes[0]
-
-
 def open_image(artifact: Artifact) -> Image:
-    """The filesystem of an artifact of one volume. Raises: UnsupportedError for several, FormatError."""
-    volume = single_volume(artifact)
-    return Image(volume, ErofsReader(volume.read, volume.size))
+    """The filesystem of an artifact; of a container image what its layers make together.
+
+    Raises: UnsupportedError for several volumes that are no layers, FormatError.
+    """
+    parts = image_parts(artifact)
+    if not parts.layered:
+        volume = parts.volumes[0]
+        return Image(volume, ErofsReader(volume.read, volume.size))
+    stack = VolumeStack(parts.volumes)
+    return Image(stack, MergedTree(open_readers(stack.read, [volume.size for volume in parts.volumes])))
 
 
 def listing(image: Image, path: bytes = b"", *, recursive: bool = False) -> Iterator[Listed]:
@@ -97,7 +101,7 @@ def listing(image: Image, path: bytes = b"", *, recursive: bool = False) -> Iter
     return _contents(image.tree, top, prefix + b"/" if prefix else b"", recursive)
 
 
-def _contents(tree: ErofsReader, top: Inode, start: bytes, recursive: bool) -> Iterator[Listed]:
+def _contents(tree: Tree, top: Inode, start: bytes, recursive: bool) -> Iterator[Listed]:
     if recursive:
         for below, inode in walk(tree, top):
             yield _listed(tree, start + below, inode)
@@ -127,7 +131,7 @@ def _file(image: Image, path: bytes) -> Inode:
     return inode
 
 
-def _listed(tree: ErofsReader, path: bytes, inode: Inode) -> Listed:
+def _listed(tree: Tree, path: bytes, inode: Inode) -> Listed:
     return Listed(path, inode, tree.readlink(inode) if stat.S_ISLNK(inode.mode) else None)
 
 

@@ -18,6 +18,7 @@ from encfs.terminal import Terminal
 
 if TYPE_CHECKING:
     from encfs.artifact import Artifact
+    from encfs.image.artifact import Platform
     from encfs.keys.providers import KeyProvider
     from encfs.oci.blobs import BlobSource
     from encfs.oci.options import StoreOptions
@@ -36,6 +37,15 @@ PathArgument = Annotated[
 ]
 TargetArgument = Annotated[
     str, typer.Argument(metavar="DIR", help="A directory that does not exist yet, or is empty.", show_default=False)
+]
+PlatformOption = Annotated[
+    str | None,
+    typer.Option(
+        "--platform",
+        metavar="OS/ARCH[/VARIANT]",
+        help="What the container image must be for, and what is chosen in an index.  [default: this machine's]",
+        show_default=False,
+    ),
 ]
 RecursiveOption = Annotated[bool, typer.Option("-R", "--recursive", help="Also everything in its subdirectories.")]
 LongOption = Annotated[bool, typer.Option("-l", "--long", help="With mode, owner, size, time and link target.")]
@@ -229,13 +239,17 @@ def opened_artifact(
     registry: RegistryOptions,
     *,
     memory: int | None = None,
+    platform: str | None = None,
 ) -> Iterator[Artifact]:
     """An accepted and unwrapped artifact, closed at the end; warns of what its origin leaves open.
 
-    `memory` is the plaintext that each volume may keep (bytes). Raises: as `encfs.artifact.open_artifact`.
+    `memory` is the plaintext that each volume may keep (bytes); `platform` chooses in an image index. Raises: as
+    `encfs.artifact.open_artifact`.
     """
     from encfs.artifact import open_artifact
     from encfs.format.volume import DEFAULT_CACHE_SIZE
+    from encfs.image.artifact import is_needed
+    from encfs.image.index import choose_manifest
 
     policy = trust.policy()
     with (
@@ -247,10 +261,19 @@ def opened_artifact(
             trust=policy,
             cache_size=DEFAULT_CACHE_SIZE if memory is None else memory,
             label=reference,
+            wanted=is_needed,
+            manifest=choose_manifest(source, chosen_platform(platform)),
         ) as artifact,
     ):
         warn_of_origin(terminal, artifact.origin)
         yield artifact
+
+
+def chosen_platform(text: str | None) -> Platform:
+    """What `--platform` says, by default this machine's. Raises: UsageError."""
+    from encfs.image.artifact import parse_platform, this_platform
+
+    return this_platform() if text is None else parse_platform(text)
 
 
 def warn_of_origin(terminal: Terminal, origin: Origin) -> None:

@@ -16,8 +16,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from encfs.erofs.reader import ErofsReader, Inode
 from encfs.erofs.structures import printable
+from encfs.erofs.tree import Inode, Tree
 from encfs.erofs.walk import WalkBounds
 from encfs.errors import ConflictError, NotFoundError, StorageError
 from encfs.format.readahead import MAX_WINDOW, ReadAhead, Stream
@@ -37,7 +37,7 @@ class ExtractResult:
     skipped: int
 
 
-def extract_tree(reader: ErofsReader, ahead: ReadAhead, target: Path, progress: Progress) -> ExtractResult:
+def extract_tree(reader: Tree, ahead: ReadAhead, target: Path, progress: Progress) -> ExtractResult:
     """Extract the whole tree to `target`, which must not exist or be an empty directory.
 
     Raises: ConflictError, StorageError; IntegrityError and others from the volume. On failure nothing is left behind.
@@ -125,7 +125,7 @@ def _unlink_files(directory: int) -> bytes | None:
 class _Extraction:
     """One extraction under way. Directories get their attributes when everything in them is there."""
 
-    def __init__(self, reader: ErofsReader, ahead: ReadAhead, progress: Progress, staging: Path) -> None:
+    def __init__(self, reader: Tree, ahead: ReadAhead, progress: Progress, staging: Path) -> None:
         self._reader = reader
         self._ahead = ahead
         self._progress = progress

@@ -1,4 +1,4 @@
-"""The files of an opened volume, as Python code wants them: list, stat, open, read into memory, extract.
+"""The files of an opened artifact, as Python code wants them: list, stat, open, read into memory, extract.
 
     files.list("weights"), files.stat("config.json").size, files.read("config.json"), files.open("weights/a.bin")
 
@@ -17,13 +17,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from encfs.erofs.reader import ErofsReader, Inode
 from encfs.erofs.structures import printable
+from encfs.erofs.tree import Inode, Tree
 from encfs.erofs.walk import walk
 from encfs.errors import FormatError, NotFoundError, SourceError
 from encfs.extract import ExtractResult, extract_tree
+from encfs.format.plaintext import Volume
 from encfs.format.readahead import ReadAhead
-from encfs.format.volume import VolumeReader
 from encfs.parallel import ParallelReader, Range
 from encfs.progress import NoProgress, Progress
 
@@ -72,12 +72,12 @@ class Entry:
 
 
 class Files:
-    """The tree in one volume. `close` ends its threads; the volume belongs to whoever opened it."""
+    """A tree over a volume. `close` ends its threads; the volume belongs to whoever opened it."""
 
-    def __init__(self, volume: VolumeReader, *, threads: int | None = None) -> None:
-        """`threads` read large pieces side by side (None: by the number of processors). Raises: FormatError."""
+    def __init__(self, volume: Volume, tree: Tree, *, threads: int | None = None) -> None:
+        """`threads` read large pieces side by side (None: by the number of processors)."""
         self._volume = volume
-        self._tree = ErofsReader(volume.read, volume.size)
+        self._tree = tree
         self._parallel = ParallelReader(volume, threads=threads)
 
     def list(self, path: AnyPath = "", *, recursive: bool = False) -> Iterator[Entry]:

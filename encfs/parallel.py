@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
-from encfs.format.volume import VolumeReader
+from encfs.format.plaintext import Volume
 
 #: Bytes that one thread takes at a time: a multiple of every frame size that pays.
 PIECE_SIZE = 4 << 20
@@ -32,7 +32,7 @@ def default_threads() -> int:
 class ParallelReader:
     """The threads that read one volume. Thread-safe; made when they are first needed, ended by `close`."""
 
-    def __init__(self, volume: VolumeReader, *, threads: int | None = None) -> None:
+    def __init__(self, volume: Volume, *, threads: int | None = None) -> None:
         self.volume = volume
         self._threads = default_threads() if threads is None else threads
         self._pool: ThreadPoolExecutor | None = None

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from encfs.commandline import size_option
-from encfs.commandparts import CacheOptions, KeyOptions, ReferenceArgument, TrustOptions, opened_artifact
+from encfs.commandparts import (
+    CacheOptions,
+    KeyOptions,
+    PlatformOption,
+    ReferenceArgument,
+    TrustOptions,
+    chosen_platform,
+    opened_artifact,
+)
+from encfs.errors import UsageError
 from encfs.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -31,33 +40,59 @@ def command(
     allow_other: Annotated[bool, typer.Option("--allow-other", help="Let other users in.")] = False,
     suid: Annotated[bool, typer.Option("--suid", help="Honour set-uid bits and capabilities. Root only.")] = False,
     dev: Annotated[bool, typer.Option("--dev", help="Honour device nodes. Root only.")] = False,
+    backend: Annotated[
+        Literal["fuse", "erofs", "auto"],
+        typer.Option(
+            "--backend",
+            metavar="fuse|erofs|auto",
+            help="Who reads the images: the daemon, or the kernel's EROFS (root only); auto: the kernel where it can.",
+            show_choices=False,
+        ),
+    ] = "fuse",
+    writable: Annotated[
+        bool, typer.Option("--writable", help="Let the mount be written to: into memory, or --upper. Root only.")
+    ] = False,
+    upper: Annotated[
+        str | None,
+        typer.Option(
+            "--upper", metavar="DIR", help="Keep what is written in this directory, in clear.", show_default=False
+        ),
+    ] = None,
+    platform: PlatformOption = None,
     log_file: Annotated[
         str | None,
         typer.Option("--log-file", metavar="FILE", help="Where the daemon logs.", show_default=False),
     ] = None,
 ) -> None:
-    """Mount an artifact read-only. Every byte read is verified and decrypted on the way.
+    """Mount an artifact, or a container image as its root filesystem.
 
-    Returns once the mount answers; its daemon goes on in the background.
+    Every byte read is verified and decrypted on the way. Returns once the mount answers; its daemon goes on in the
+    background.
     """
-    from encfs.browse import single_volume
-    from encfs.mount import MountOptions, mount
+    from encfs.image.artifact import image_parts
+    from encfs.mount import MountOptions, choose_shape, mount
 
+    if upper is not None and not writable:
+        raise UsageError("--upper is given without --writable", hint="give both, or none for a read-only mount")
     options = MountOptions(
         foreground=foreground,
         allow_other=allow_other,
         suid=suid,
         dev=dev,
         log_file=Path(log_file) if log_file is not None else None,
+        backend=backend,
+        writable=writable,
+        upper=Path(upper) if upper is not None else None,
     )
 
     def report(status: MountStatus) -> None:
         terminal.result(status.to_json(), [f"{reference} is mounted on {status.mountpoint}"])
         terminal.flush()
 
-    with opened_artifact(terminal, reference, keys, trust, registry, memory=memory) as artifact:
+    with opened_artifact(terminal, reference, keys, trust, registry, memory=memory, platform=platform) as artifact:
+        parts = image_parts(artifact, chosen_platform(platform))
         mount(
-            single_volume(artifact),
+            choose_shape(parts.volumes, options, layered=parts.layered, proven=artifact.origin.proven),
             directory,
             options,
             reference=reference,

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import stat
 import struct
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import lru_cache
 
 from encfs.erofs.structures import (
@@ -49,10 +48,10 @@ from encfs.erofs.structures import (
     align,
     decode_device,
     parse_superblock,
-    printable,
 )
+from encfs.erofs.tree import DirectoryEntry, Inode, Read, resolve
 from encfs.erofs.xattrs import decode_xattrs
-from encfs.errors import FormatError, NotFoundError, UnsupportedError
+from encfs.errors import FormatError, UnsupportedError
 
 _WINDOW_BITS = 16
 _WINDOW_SIZE = 1 << _WINDOW_BITS
@@ -61,45 +60,11 @@ _WINDOW_MASK = _WINDOW_SIZE - 1
 _WINDOWS = 64
 #: Entries of a block map that are read at a time.
 _MAP_STEP = 1024
-#: As many as the kernel follows in one path.
-_MAX_SYMLINKS = 40
 _MAX_SECONDS = (1 << 63) - 1
 _FORMAT = struct.Struct("<H")
 #: Files whose `u` is a place of data. All others have none.
 _WITH_DATA = frozenset({stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK})
 _DEVICES = frozenset({stat.S_IFCHR, stat.S_IFBLK})
-
-
-@dataclass(frozen=True, slots=True)
-class Inode:
-    """One inode. `mode` is the whole `st_mode`, `rdev` as `os.makedev` has it, `size` in bytes.
-
-    The last four say where its data are: on-disk layout, the field `u`, where its xattrs begin in the image and their
-    size.
-    """
-
-    nid: int
-    mode: int
-    uid: int
-    gid: int
-    nlink: int
-    size: int
-    rdev: int
-    mtime_ns: int
-    layout: int
-    start: int
-    xattr_offset: int
-    xattr_size: int
-
-
-@dataclass(frozen=True, slots=True)
-class DirectoryEntry:
-    """One name of a directory. `type` is the on-disk number; `next` resumes behind the entry, and is never 0."""
-
-    name: bytes
-    nid: int
-    type: int
-    next: int
 
 
 class ErofsReader:
@@ -108,7 +73,7 @@ class ErofsReader:
     Every method raises FormatError where the image is malformed, and what `read` raises.
     """
 
-    def __init__(self, read: Callable[[int, int], bytes | memoryview], size: int) -> None:
+    def __init__(self, read: Read, size: int) -> None:
         """`size` of the image in bytes. Raises FormatError, and UnsupportedError for features that cannot be read."""
         self._read = read
         self._size = size
@@ -409,38 +374,5 @@ class ErofsReader:
     # Paths
 
     def resolve(self, path: bytes, follow: bool = True) -> Inode:
-        """The inode at a path from the root; symbolic links stay within the image, the last one only with `follow`.
-
-        Raises: NotFoundError where there is nothing at the path, or more than 40 symbolic links on it.
-        """
-        ancestors = [self.inode(self.root)]
-        pending = path.split(b"/")[::-1]
-        links = 0
-        current = ancestors[0]
-        while pending:
-            name = pending.pop()
-            if not stat.S_ISDIR(current.mode):
-                raise NotFoundError(f"{printable(path)}: not a directory on the way")
-            if name in (b"", b"."):
-                continue
-            if name == b"..":
-                if len(ancestors) > 1:
-                    ancestors.pop()
-                current = ancestors[-1]
-                continue
-            nid = self.lookup(current, name)
-            if nid is None:
-                raise NotFoundError(f"{printable(path)}: no such file or directory in the image")
-            current = self.inode(nid)
-            if stat.S_ISLNK(current.mode) and (follow or pending):
-                links += 1
-                if links > _MAX_SYMLINKS:
-                    raise NotFoundError(f"{printable(path)}: too many levels of symbolic links")
-                target = self.readlink(current)
-                if target.startswith(b"/"):
-                    del ancestors[1:]
-                current = ancestors[-1]
-                pending += target.split(b"/")[::-1]
-            elif stat.S_ISDIR(current.mode):
-                ancestors.append(current)
-        return current
+        """As `encfs.erofs.tree.resolve`."""
+        return resolve(self, path, follow)

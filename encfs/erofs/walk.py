@@ -5,8 +5,8 @@ from __future__ import annotations
 import stat
 from collections.abc import Iterator
 
-from encfs.erofs.reader import ErofsReader, Inode
 from encfs.erofs.structures import BLOCK_SIZE, DIRENT, MAX_PATH
+from encfs.erofs.tree import Inode, Tree
 from encfs.errors import FormatError
 
 
@@ -18,7 +18,7 @@ class WalkBounds:
     room for show it.
     """
 
-    def __init__(self, reader: ErofsReader) -> None:
+    def __init__(self, reader: Tree) -> None:
         self._reader = reader
         self._names_left = reader.block_count * BLOCK_SIZE // (DIRENT.size + 1)
 
@@ -38,7 +38,7 @@ class WalkBounds:
             raise FormatError(f"EROFS directory {child.nid} is reached from elsewhere than its parent")
 
 
-def walk(reader: ErofsReader, top: Inode) -> Iterator[tuple[bytes, Inode]]:
+def walk(reader: Tree, top: Inode) -> Iterator[tuple[bytes, Inode]]:
     """Everything below the directory `top` (itself not included) in preorder, siblings sorted: path from `top`, inode.
 
     A level costs a few words of memory, whatever its directory's size. Raises FormatError for whatever the reader or

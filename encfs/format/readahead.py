@@ -15,7 +15,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from encfs.format.volume import VolumeReader
+from encfs.format.plaintext import Volume
 
 #: Largest request that is predicted (bytes): what the kernel asks for at most through FUSE.
 MAX_WINDOW = 1 << 20
@@ -42,7 +42,7 @@ class _Window:
 class ReadAhead:
     """The threads and buffers that the streams of one volume share. Thread-safe."""
 
-    def __init__(self, volume: VolumeReader, *, threads: int | None = None) -> None:
+    def __init__(self, volume: Volume, *, threads: int | None = None) -> None:
         self.volume = volume
         self._pool = ThreadPoolExecutor(threads or min(4, os.cpu_count() or 1), thread_name_prefix="readahead")
         self._free: deque[memoryview] = deque()

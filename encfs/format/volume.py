@@ -72,6 +72,7 @@ class VolumeReader:
         label: str = "",
     ) -> None:
         """`label` names the artifact in messages. Raises FormatError, IntegrityError as `TreeReader` does."""
+        self.id = descriptor.id
         self.size = descriptor.size
         self.frame_size = descriptor.frame_size
         self.label = label or descriptor.id.hex()

@@ -17,7 +17,6 @@ from pathlib import Path
 from encfs.errors import MountError, NotMountedError
 from encfs.mount.holders import find_holders
 from encfs.mount.mountpoint import (
-    FILESYSTEM_TYPE,
     BusyError,
     MountInfo,
     absolute,
@@ -98,7 +97,7 @@ def umount(
     """
     place = absolute(mountpoint)
     mount = top_mount(place)
-    if mount is None or mount.filesystem_type != FILESYSTEM_TYPE:
+    if mount is None or not mount.is_ours:
         raise NotMountedError(f"nothing of ours is mounted at {place}", hint="encfs status lists the mounts")
     daemon = next((daemon for daemon in _find_daemons() if daemon.serves(mount)), None)
     deadline = time.monotonic() + timeout
@@ -129,7 +128,7 @@ def umount(
 def _our_mounts() -> list[MountInfo]:
     """The mounts of ours that are seen, the one on top where several are stacked."""
     top = {mount.mountpoint: mount for mount in current_mounts()}
-    return [mount for mount in top.values() if mount.filesystem_type == FILESYSTEM_TYPE]
+    return [mount for mount in top.values() if mount.is_ours]
 
 
 def _unmount_politely(mountpoint: str, *, lazy: bool) -> None:

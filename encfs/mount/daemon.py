@@ -19,11 +19,12 @@ from encfs.mount.client import clear_leftovers
 from encfs.mount.logs import logging_to
 from encfs.mount.mountpoint import absolute, check_fuse, prepare
 from encfs.mount.options import MountOptions, MountStatus
-from encfs.mount.reading import ImageContents, Volume
+from encfs.mount.reading import ImageContents
 from encfs.mount.runtime import listen, log_path, remove_own_files, runtime_directory, socket_path
 
 if TYPE_CHECKING:
     from encfs.mount.session import MountPlan
+    from encfs.mount.stacking import Shape
 
 #: Seconds until a mount in the background must answer; a source that gives up reports earlier.
 READY_TIMEOUT = 120.0
@@ -41,7 +42,7 @@ OnReady = Callable[[MountStatus], None]
 
 
 def mount(
-    volume: Volume,
+    shape: Shape,
     mountpoint: str | os.PathLike[str],
     options: MountOptions | None = None,
     *,
@@ -51,10 +52,10 @@ def mount(
     on_ready: OnReady | None = None,
     ready_timeout: float = READY_TIMEOUT,
 ) -> MountStatus:
-    """Mount the EROFS image that `volume` holds; `on_ready` is called once it answers through the kernel.
+    """Mount what `choose_shape` made of an artifact; `on_ready` is called once it answers through the kernel.
 
     In the background (the default) this returns then; the daemon is another process, and this one may have no threads.
-    In the foreground it returns when the mount has ended. `owner` (the artifact; by default the volume) is taken over
+    In the foreground it returns when the mount has ended. `owner` (the artifact; by default the volumes) is taken over
     and closed in any case. `reference` and `content_digest` are shown by `mounts()`. `ready_timeout` in seconds.
     Raises: MountError; StorageError for runtime directory or log file; FormatError, UnsupportedError for what is no
     EROFS image that can be read; what the volume raises for the image's beginning and its root directory.
@@ -63,6 +64,7 @@ def mount(
     from encfs.mount.session import MountPlan
 
     options = options or MountOptions()
+    kept = owner or shape.volume
     try:
         place = absolute(mountpoint)
         if options.log_file is not None:
@@ -70,17 +72,18 @@ def mount(
         prepare(place)
         clear_leftovers(place)
         check_fuse(allow_other=options.allow_other)
-        plan = MountPlan(place, options, reference, content_digest, ImageContents(volume), options.log_file)
+        contents = ImageContents(shape.volume, shape.tree)
+        plan = MountPlan(place, options, reference, content_digest, contents, options.log_file, shape.recipe)
         if options.foreground:
             with logging_to(options.log_file):
                 return _run(plan, on_ready or _nobody)
-        report = run_in_background(lambda report: _background(plan, owner or volume, report), timeout=ready_timeout)
+        report = run_in_background(lambda report: _background(plan, kept, report), timeout=ready_timeout)
         status = MountStatus(**report)  # type: ignore[arg-type]
         if on_ready is not None:
             on_ready(status)
         return status
     finally:
-        (owner or volume).close()
+        kept.close()
 
 
 def _nobody(status: MountStatus) -> None:

@@ -19,8 +19,8 @@ import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, SetattrFields, StatvfsData
 
-from encfs.erofs.reader import Inode
 from encfs.erofs.structures import BLOCK_SIZE, MAX_NAME
+from encfs.erofs.tree import Inode
 from encfs.mount.failures import FailureLog
 from encfs.mount.listing import Listings
 from encfs.mount.reading import ImageContents, NotAtHandError

@@ -14,8 +14,8 @@ from itertools import islice
 import pyfuse3
 from pyfuse3 import EntryAttributes, ReaddirToken
 
-from encfs.erofs.reader import DirectoryEntry, Inode
 from encfs.erofs.structures import TYPE_DIRECTORY
+from encfs.erofs.tree import DirectoryEntry, Inode
 from encfs.errors import EncfsError
 from encfs.mount.reading import ImageContents, NotAtHandError
 

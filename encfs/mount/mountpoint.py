@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import re
+import secrets
 import shutil
 import stat
 import subprocess
@@ -19,7 +20,11 @@ from pathlib import Path
 
 from encfs.errors import MountError, NotMountedError
 
-FILESYSTEM_TYPE = "fuse.encfs"
+#: What our mounts are mounted from, as mount(8) shows it.
+MOUNT_SOURCE = "encfs"
+_FUSE_TYPE = "fuse.encfs"
+#: Types that a mount can have whose files a daemon of ours serves in the end.
+_KERNEL_TYPES = frozenset({"overlay", "erofs"})
 _MOUNTINFO = Path("/proc/self/mountinfo")
 _FUSE_DEVICE = Path("/dev/fuse")
 _FUSE_CONFIG = Path("/etc/fuse.conf")
@@ -47,6 +52,13 @@ class MountInfo:
     options: str
     filesystem_type: str
     source: str
+
+    @property
+    def is_ours(self) -> bool:
+        """FUSE mounts of ours, and what the kernel made of one: overlayfs, EROFS."""
+        if self.filesystem_type in _KERNEL_TYPES:
+            return self.source == MOUNT_SOURCE or self.source.startswith(MOUNT_SOURCE + "-")
+        return self.filesystem_type == _FUSE_TYPE
 
 
 def parse_mountinfo(text: str) -> list[MountInfo]:
@@ -96,6 +108,8 @@ def absolute(mountpoint: str | os.PathLike[str]) -> str:
 def is_dead(mountpoint: str) -> bool:
     """Whether the daemon of the mount is gone: then the kernel answers ENOTCONN to what it has no answer to itself.
 
+    So it is asked for a name that it cannot know yet. What the kernel's EROFS knows of a directory it knows for ever.
+
     A daemon that is there and does not answer is not dead, and not waited for beyond some seconds.
     """
     found: list[int | None] = []
@@ -103,6 +117,7 @@ def is_dead(mountpoint: str) -> bool:
     def ask() -> None:
         try:
             os.statvfs(mountpoint)
+            os.lstat(os.path.join(mountpoint, f".encfs-{secrets.token_hex(8)}"))
         except OSError as error:
             found.append(error.errno)
 
@@ -119,9 +134,9 @@ def prepare(mountpoint: str) -> None:
     """
     for _ in range(_MAX_STACKED):
         mount = top_mount(mountpoint)
-        if mount is None or not mount.filesystem_type.startswith("fuse") or not is_dead(mountpoint):
+        if mount is None or not (mount.is_ours or mount.filesystem_type.startswith("fuse")) or not is_dead(mountpoint):
             break
-        if mount.filesystem_type != FILESYSTEM_TYPE:
+        if not mount.is_ours:
             raise MountError(
                 f"{mountpoint} is a dead mount of another filesystem ({mount.filesystem_type})",
                 hint=f"unmount it: umount -l {mountpoint}",
@@ -139,7 +154,7 @@ def prepare(mountpoint: str) -> None:
     if not stat.S_ISDIR(mode):
         raise MountError(f"the mount point {mountpoint} is no directory", hint="choose an empty directory")
     mount = top_mount(mountpoint)
-    if mount is not None and mount.filesystem_type == FILESYSTEM_TYPE:
+    if mount is not None and mount.is_ours:
         raise MountError(f"{mountpoint} is already mounted", hint=f"unmount it first: encfs umount {mountpoint}")
 
 

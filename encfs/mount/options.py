@@ -15,15 +15,19 @@ MAX_REQUEST = 1 << 20
 #: gone, and every access fails. `foreign`: a mount of ours without a control socket in this user's runtime directory.
 MountState = Literal["serving", "detached", "silent", "dead", "foreign"]
 
+#: `auto`: the kernel's EROFS where it can be used and the artifact's origin is proven.
+BackendChoice = Literal["fuse", "erofs", "auto"]
+
 
 @dataclass(frozen=True, slots=True)
 class MountOptions:
-    """How a volume is mounted. Always read-only.
+    """How an artifact is mounted. The artifact itself is never written to.
 
     `allow_other` lets other users in (/etc/fuse.conf must permit it to users who are not root). `suid` and `dev` honour
     set-uid bits and device nodes of the image, which only root can ask for. `default_permissions` has the kernel check
     modes and POSIX ACLs. `max_read_ahead` is in bytes, and set where /sys can be written. `log_file` None: stderr in
-    the foreground; in the background a bounded file in the runtime directory, which a clean end removes.
+    the foreground; in the background a bounded file in the runtime directory, which a clean end removes. `backend` says
+    who reads the images. With `writable`, what is written goes to the directory `upper`, or without one to memory.
     """
 
     foreground: bool = False
@@ -33,6 +37,9 @@ class MountOptions:
     default_permissions: bool = True
     max_read_ahead: int = MAX_REQUEST
     log_file: Path | None = None
+    backend: BackendChoice = "fuse"
+    writable: bool = False
+    upper: Path | None = None
 
     def kernel_options(self) -> frozenset[str]:
         """As mount(8) and libfuse spell them."""
@@ -69,6 +76,8 @@ class MountStatus:
     read_ahead: int = 0
     polling: bool = False
     log_file: str = ""
+    backend: str = ""
+    writable: bool = False
     stats: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:

@@ -9,40 +9,18 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Protocol
 
 from encfs.erofs.reader import ErofsReader
+from encfs.erofs.tree import Read, ServedTree
 from encfs.errors import FormatError
+from encfs.format.plaintext import Volume
 from encfs.mount.options import MAX_REQUEST
 
 #: Parsed inodes that are kept, for reads and lookups that come back to the same ones.
 _INODES = 1024
 _ZEROS = bytes(64 << 10)
-
-
-class VolumeStatsView(Protocol):
-    """Counters of a volume, by name."""
-
-    def to_json(self) -> Mapping[str, int]: ...
-
-
-class Volume(Protocol):
-    """What is mounted: a plaintext image behind verified reads, as `encfs.format.volume.VolumeReader` gives it."""
-
-    size: int
-
-    @property
-    def stats(self) -> VolumeStatsView: ...
-
-    def read(self, offset: int, size: int, /) -> bytes | memoryview: ...
-
-    def read_into(self, offset: int, buffer: memoryview, /) -> int: ...
-
-    def try_read_into(self, offset: int, buffer: memoryview, /) -> int | None: ...
-
-    def close(self) -> None: ...
 
 
 class NotAtHandError(Exception):
@@ -56,11 +34,11 @@ class ImageContents:
     and `take_buffer` are valid for one reply, which pyfuse3 sends before the event loop runs anything else.
     """
 
-    def __init__(self, volume: Volume) -> None:
-        """May wait. Raises what `ErofsReader` and the volume raise."""
+    def __init__(self, volume: Volume, tree: Callable[[Read], ServedTree] | None = None) -> None:
+        """May wait. `tree` makes of reads what is served, by default the image. Raises what it and the volume raise."""
         self.volume = volume
         self._loop_thread: int | None = None
-        self.image = ErofsReader(self._read_metadata, volume.size)
+        self.image = ErofsReader(self._read_metadata, volume.size) if tree is None else tree(self._read_metadata)
         self.inode = lru_cache(maxsize=_INODES)(self.image.inode)
         self._reply = memoryview(bytearray(MAX_REQUEST))
         self._free: deque[memoryview] = deque()

@@ -24,9 +24,10 @@ import trio
 
 from encfs.errors import EncfsError, MountError
 from encfs.mount import control, polling
+from encfs.mount.assembly import Recipe, assemble_apart, attach_at, open_fuse
 from encfs.mount.failures import FailureLog
 from encfs.mount.filesystem import ImageFilesystem
-from encfs.mount.mountpoint import FILESYSTEM_TYPE, top_mount, unmount
+from encfs.mount.mountpoint import MOUNT_SOURCE, top_mount, unmount
 from encfs.mount.options import MountOptions, MountStatus
 from encfs.mount.reading import ImageContents
 from encfs.mount.tuning import raise_read_ahead
@@ -45,7 +46,10 @@ OnReady = Callable[[MountStatus], None]
 
 @dataclass(frozen=True, slots=True)
 class MountPlan:
-    """What is to be mounted, and where. `log_file` is where this process logs, None for stderr."""
+    """What is to be mounted, and where. `log_file` is where this process logs, None for stderr.
+
+    `recipe` says what the kernel makes of the FUSE mount, which nobody sees then.
+    """
 
     mountpoint: str
     options: MountOptions
@@ -53,6 +57,7 @@ class MountPlan:
     content_digest: str
     contents: ImageContents
     log_file: Path | None
+    recipe: Recipe | None = None
 
 
 class Session:
@@ -66,6 +71,7 @@ class Session:
         self._requests = trio.CancelScope()
         self._stopping = False
         self._error: EncfsError | None = None
+        self._unattached = -1
         self._base = MountStatus(
             mountpoint=plan.mountpoint,
             state="serving",
@@ -74,6 +80,8 @@ class Session:
             content_digest=plan.content_digest,
             started=time.time(),
             log_file=str(plan.log_file or ""),
+            backend=plan.recipe.backend if plan.recipe is not None else "fuse",
+            writable=plan.recipe is not None and plan.recipe.writable,
         )
 
     def status(self) -> MountStatus:
@@ -93,12 +101,15 @@ class Session:
         """Mount; unmount at the end unless somebody has done so, or has mounted something else there since."""
         place = self._plan.mountpoint
         before = polling.fuse_descriptors()
-        _initialise(self._filesystem, place, self._plan.options)
-        mine = top_mount(place)
-        device = mine.device if mine is not None else ""
+        if self._plan.recipe is None:
+            _initialise(self._filesystem, place, self._plan.options.kernel_options())
+            self._note_device()
+        else:
+            served, self._unattached = open_fuse(allow_other=False, default_permissions=True)
+            _initialise(self._filesystem, f"/dev/fd/{served}", frozenset({f"fsname={MOUNT_SOURCE}"}))
         new = polling.fuse_descriptors() - before
         stop_polling = polling.install(next(iter(new)), self._filesystem) if len(new) == 1 else None
-        self._base = replace(self._base, device=device, polling=stop_polling is not None)
+        self._base = replace(self._base, polling=stop_polling is not None)
         try:
             yield
         finally:
@@ -106,9 +117,15 @@ class Session:
                 stop_polling()
             # Closing first ends the connection: what still waits for an answer gets its error, and nobody blocks.
             pyfuse3.close(unmount=False)
+            if self._unattached >= 0:
+                os.close(self._unattached)
             mine = top_mount(place)
-            if mine is not None and mine.device == device and mine.filesystem_type == FILESYSTEM_TYPE:
+            if mine is not None and mine.is_ours and mine.device == self._base.device:
                 _detach(place)
+
+    def _note_device(self) -> None:
+        mine = top_mount(self._plan.mountpoint)
+        self._base = replace(self._base, device=mine.device if mine is not None else "")
 
     async def run(self, server: socket.socket) -> None:
         """Answer requests until the mount ends."""
@@ -136,16 +153,34 @@ class Session:
                 log.info("%s: ending on %s", self._plan.mountpoint, signal.Signals(number).name)
                 self.stop()
 
+    async def _assemble(self) -> tuple[int, ...]:
+        """Have the kernel make of the FUSE mount what the plan says, and attach that. The devices below it.
+
+        Raises: OSError, MountError.
+        """
+        if self._plan.recipe is None:
+            return ()
+        assembled = await trio.to_thread.run_sync(
+            assemble_apart, self._unattached, self._plan.recipe, self._plan.mountpoint, abandon_on_cancel=True
+        )
+        os.close(self._unattached)
+        self._unattached = -1
+        attach_at(assembled, self._plan.mountpoint)
+        self._note_device()
+        return assembled.devices
+
     async def _announce(self) -> None:
         """Once the mount answers through the kernel: tune it, and say that it is ready."""
         place = self._plan.mountpoint
         try:
+            below = await self._assemble()
             device = await trio.to_thread.run_sync(_check_answers, place, abandon_on_cancel=True)
-        except OSError as error:
-            self._error = self._failures.last or MountError(f"the mount at {place} does not answer: {error.strerror}")
+        except (OSError, MountError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error.message
+            self._error = self._failures.last or MountError(f"the mount at {place} does not answer: {reason}")
             self.stop()
             return
-        read_ahead = raise_read_ahead(device, self._plan.options.max_read_ahead)
+        read_ahead = min(raise_read_ahead(one, self._plan.options.max_read_ahead) for one in below or (device,))
         self._base = replace(self._base, read_ahead=read_ahead)
         # What has lived until now lives to the end: the collector need not look at it again.
         gc.collect()
@@ -166,14 +201,14 @@ def _check_answers(mountpoint: str) -> int:
     return device
 
 
-def _initialise(filesystem: ImageFilesystem, mountpoint: str, options: MountOptions) -> None:
+def _initialise(filesystem: ImageFilesystem, mountpoint: str, options: frozenset[str]) -> None:
     """Mount. libfuse says on stderr what went wrong: that is caught and becomes the message."""
     with tempfile.TemporaryFile() as messages:
         sys.stderr.flush()
         saved = os.dup(2)
         os.dup2(messages.fileno(), 2)
         try:
-            pyfuse3.init(filesystem, mountpoint, set(options.kernel_options()))
+            pyfuse3.init(filesystem, mountpoint, set(options))
         except RuntimeError as error:
             messages.seek(0)
             said = messages.read(_MAX_SAID).decode(errors="replace").split("\n")[0].strip()

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from encfs.errors import FormatError, IntegrityError, MountError, NotMountedError, StorageError
-from encfs.mount import MountStatus, mount
+from encfs.mount import MountOptions, MountStatus, choose_shape, mount
 from encfs.mount.mountpoint import top_mount
 from tests.support.mounts import (
     REPOSITORY,
@@ -151,7 +151,7 @@ def test_unfit_mount_points_are_refused(place: Place, prepare: str, message: str
         if prepare == "mounted":
             place.start()
         with pytest.raises(MountError, match=message):
-            mount(FileVolume(place.image), place.mount)
+            mount(choose_shape([FileVolume(place.image)], MountOptions()), place.mount)
 
 
 def test_mounting_over_another_filesystem_is_fine(place: Place) -> None:
@@ -170,7 +170,7 @@ def test_mounting_over_another_filesystem_is_fine(place: Place) -> None:
 def test_the_volume_is_closed_when_mounting_fails(place: Place) -> None:
     volume = FileVolume(place.image)
     with runtime_directory(place.run), pytest.raises(MountError):
-        mount(volume, place.mount / "missing")
+        mount(choose_shape([volume], MountOptions()), place.mount / "missing")
     with pytest.raises(OSError, match="Bad file descriptor"):
         volume.read(0, 1)
 
@@ -178,7 +178,7 @@ def test_the_volume_is_closed_when_mounting_fails(place: Place) -> None:
 def test_no_image_is_a_format_error(place: Place, tmp_path: Path) -> None:
     (tmp_path / "random").write_bytes(os.urandom(100_000))
     with runtime_directory(place.run), pytest.raises(FormatError):
-        mount(FileVolume(tmp_path / "random"), place.mount)
+        mount(choose_shape([FileVolume(tmp_path / "random")], MountOptions()), place.mount)
     assert not is_mounted(place.mount)
 
 
@@ -373,7 +373,7 @@ def test_a_dead_mount_of_another_filesystem_is_left_alone(place: Place) -> None:
         runtime_directory(place.run),
         pytest.raises(MountError, match=r"dead mount of another filesystem \(fuse.other\)"),
     ):
-        mount(FileVolume(place.image), place.mount)
+        mount(choose_shape([FileVolume(place.image)], MountOptions()), place.mount)
     other = top_mount(str(place.mount))
     assert other is not None
     assert other.filesystem_type == "fuse.other"
@@ -436,7 +436,7 @@ def test_an_unsafe_runtime_directory_is_refused(place: Place, fault: str) -> Non
         if fault == "of another user":
             os.chown(place.run, 1000, 1000)
     with runtime_directory(place.run), pytest.raises(StorageError, match="runtime directory"):
-        mount(FileVolume(place.image), place.mount)
+        mount(choose_shape([FileVolume(place.image)], MountOptions()), place.mount)
     # Nothing is left for the clean-up to look at.
     place.run = place.run.with_name("none")
 

@@ -25,7 +25,7 @@ import pytest
 from encfs.artifact import Artifact, open_artifact
 from encfs.errors import EncfsError, IntegrityError
 from encfs.keys.providers import provider_from_uri
-from encfs.mount import MountOptions, MountStatus, mount, mounts, umount
+from encfs.mount import MountOptions, MountStatus, choose_shape, mount, mounts, umount
 from encfs.mount.mountpoint import top_mount, unmount
 from encfs.mount.runtime import ENVIRONMENT_VARIABLE
 from encfs.oci.layout import Layout
@@ -233,19 +233,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.setresuid(chosen.user, chosen.user, chosen.user)
     try:
         artifact = _open(chosen.image, chosen.key) if chosen.key else None
-        mount(
+        options = MountOptions(
+            foreground=chosen.foreground,
+            allow_other=chosen.allow_other,
+            dev=chosen.dev,
+            suid=chosen.suid,
+            default_permissions=not chosen.no_default_permissions,
+            log_file=chosen.log_file,
+        )
+        volume = (
             artifact.volumes[0]
             if artifact
-            else FileVolume(chosen.image, tuple(chosen.broken), tuple(chosen.crashing), chosen.cold, chosen.delay),
+            else FileVolume(chosen.image, tuple(chosen.broken), tuple(chosen.crashing), chosen.cold, chosen.delay)
+        )
+        mount(
+            choose_shape([volume], options),
             chosen.mountpoint,
-            MountOptions(
-                foreground=chosen.foreground,
-                allow_other=chosen.allow_other,
-                dev=chosen.dev,
-                suid=chosen.suid,
-                default_permissions=not chosen.no_default_permissions,
-                log_file=chosen.log_file,
-            ),
+            options,
             reference=f"path:{chosen.image}",
             content_digest=artifact.content_digest if artifact else "sha256:" + "0" * 64,
             owner=artifact,

@@ -17,7 +17,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from encfs.erofs.reader import ErofsReader, Inode
+from encfs.erofs.reader import ErofsReader
+from encfs.erofs.tree import Inode
 from encfs.erofs.walk import walk
 
 #: ACL for user 1000 of read and write, in the form in which the kernel takes and gives it.

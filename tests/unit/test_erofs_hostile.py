@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from encfs.erofs.reader import ErofsReader, Inode
+from encfs.erofs.reader import ErofsReader
 from encfs.erofs.structures import LAYOUT_CHUNKED, LAYOUT_INLINE, MAX_PATH
+from encfs.erofs.tree import Inode
 from encfs.erofs.walk import walk
 from encfs.erofs.writer import Entry
 from encfs.errors import FormatError, NotFoundError, UnsupportedError

@@ -1,0 +1,129 @@
+"""What an opened artifact is made of: the layers of a container image with its config, or one tree of files.
+
+Volume names (they are in the sealed payload): `layer/<diff id>` is a layer with overlayfs's conventions, `rootfs` all
+layers made into one, `tar/<diff id>` an auxiliary volume that only going back to the original image needs. Everything
+here is behind the commitment of the signed descriptor; an image index is not, and never decides anything: whatever
+manifest it names, the decrypted config has to be for the platform that was asked for.
+"""
+
+from __future__ import annotations
+
+import platform as machine
+from dataclasses import dataclass
+
+from encfs.artifact import Artifact
+from encfs.errors import FormatError, UnsupportedError, UsageError
+from encfs.format.volume import VolumeReader
+from encfs.image.config import ImageConfig, parse_image_config
+
+LAYER_PREFIX = "layer/"
+AUXILIARY_PREFIX = "tar/"
+FLAT_NAME = "rootfs"
+
+#: What uname(2) says, as container images call it (GOARCH, and the variant that is the default there).
+_ARCHITECTURES = {
+    "x86_64": ("amd64", ""),
+    "aarch64": ("arm64", "v8"),
+    "armv7l": ("arm", "v7"),
+    "armv6l": ("arm", "v6"),
+    "i686": ("386", ""),
+    "ppc64le": ("ppc64le", ""),
+    "riscv64": ("riscv64", ""),
+    "s390x": ("s390x", ""),
+}
+#: Variants that go without saying.
+_IMPLIED = {"arm64": "v8", "arm": "v7"}
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """An operating system, an architecture, and a variant of it, which may be empty."""
+
+    os: str
+    architecture: str
+    variant: str = ""
+
+    def __str__(self) -> str:
+        return "/".join(part for part in (self.os, self.architecture, self.variant) if part)
+
+    def matches(self, other: Platform) -> bool:
+        """Whether they are the same, where a variant that goes without saying may be left out."""
+        return self._normal() == other._normal()
+
+    def _normal(self) -> tuple[str, str, str]:
+        return self.os, self.architecture, self.variant or _IMPLIED.get(self.architecture, "")
+
+
+def parse_platform(text: str) -> Platform:
+    """`OS/ARCHITECTURE[/VARIANT]`. Raises: UsageError."""
+    parts = text.split("/")
+    if not 2 <= len(parts) <= 3 or not all(part.isalnum() for part in parts):
+        raise UsageError(f"{text} is no platform", hint="write it as linux/amd64 or linux/arm/v7")
+    return Platform(*parts)
+
+
+def this_platform() -> Platform:
+    """That of the machine this runs on."""
+    name = machine.machine()
+    return Platform("linux", *_ARCHITECTURES.get(name, (name, "")))
+
+
+@dataclass(frozen=True, slots=True)
+class ImageParts:
+    """The volumes to read, lowest layer first, and the config where the artifact is a container image.
+
+    `layered`: they follow overlayfs's conventions, also where there is one only.
+    """
+
+    volumes: tuple[VolumeReader, ...]
+    config: ImageConfig | None
+    layered: bool
+
+
+def is_needed(name: str) -> bool:
+    """Whether a volume of this name is read at all, and has to be opened."""
+    return not name.startswith(AUXILIARY_PREFIX)
+
+
+def image_parts(artifact: Artifact, platform: Platform | None = None) -> ImageParts:
+    """The parts of an artifact; for a container image only if it is for `platform`, where one is asked for.
+
+    Raises: FormatError where volumes and config contradict one another; UnsupportedError for another platform.
+    """
+    content = artifact.payload.image_config
+    config = None if content is None else parse_image_config(content)
+    if config is not None and platform is not None:
+        _check_platform(config, platform)
+    names = [artifact.payload.volume(volume_id).name for volume_id in artifact.volume_ids]
+    by_name = dict(zip(names, artifact.volumes, strict=True))
+    layers = {name for name in names if name.startswith(LAYER_PREFIX)}
+    if config is None or not layers:
+        return ImageParts(_only_volume(artifact), config, layered=False)
+    wanted = [LAYER_PREFIX + diff_id for diff_id in config.diff_ids]
+    if set(wanted) != set(names):
+        raise FormatError("the volumes of the artifact are not the layers that the image's config names")
+    return ImageParts(tuple(by_name[name] for name in wanted), config, layered=True)
+
+
+def require_config(parts: ImageParts) -> ImageConfig:
+    """The config of what must be a container image. Raises: UnsupportedError."""
+    if parts.config is None:
+        raise UnsupportedError("the artifact is no container image", hint="mount it with encfs mount")
+    return parts.config
+
+
+def _only_volume(artifact: Artifact) -> tuple[VolumeReader, ...]:
+    if len(artifact.volumes) != 1:
+        raise UnsupportedError(
+            f"the artifact has {len(artifact.volumes)} volumes and is no container image; this version reads one"
+        )
+    return artifact.volumes
+
+
+def _check_platform(config: ImageConfig, wanted: Platform) -> None:
+    actual = Platform(config.os, config.architecture, config.variant)
+    if not actual.matches(wanted):
+        raise UnsupportedError(
+            f"the image is for {actual}, not for {wanted}",
+            hint=f"choose it with --platform {actual}, or another manifest of the index",
+        )
