@@ -18,7 +18,7 @@ from encfs.terminal import Terminal
 
 if TYPE_CHECKING:
     from encfs.artifact import Artifact
-    from encfs.image.artifact import Platform
+    from encfs.image.manifest import Platform
     from encfs.keys.providers import KeyProvider
     from encfs.oci.blobs import BlobSource
     from encfs.oci.options import StoreOptions
@@ -248,8 +248,7 @@ def opened_artifact(
     """
     from encfs.artifact import open_artifact
     from encfs.format.volume import DEFAULT_CACHE_SIZE
-    from encfs.image.artifact import is_needed
-    from encfs.image.index import choose_manifest
+    from encfs.image.artifact import choose_manifest, is_needed
 
     policy = trust.policy()
     with (
@@ -271,7 +270,8 @@ def opened_artifact(
 
 def chosen_platform(text: str | None) -> Platform:
     """What `--platform` says, by default this machine's. Raises: UsageError."""
-    from encfs.image.artifact import parse_platform, this_platform
+    from encfs.image.artifact import this_platform
+    from encfs.image.manifest import parse_platform
 
     return this_platform() if text is None else parse_platform(text)
 

@@ -64,7 +64,7 @@ def command(
         typer.Option("--log-file", metavar="FILE", help="Where the daemon logs.", show_default=False),
     ] = None,
 ) -> None:
-    """Mount an artifact, or a container image as its root filesystem.
+    """Mount an artifact, or the root filesystem of an image.
 
     Every byte read is verified and decrypted on the way. Returns once the mount answers; its daemon goes on in the
     background.

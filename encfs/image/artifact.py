@@ -12,60 +12,43 @@ import platform as machine
 from dataclasses import dataclass
 
 from encfs.artifact import Artifact
-from encfs.errors import FormatError, UnsupportedError, UsageError
+from encfs.errors import FormatError, UnsupportedError
 from encfs.format.volume import VolumeReader
 from encfs.image.config import ImageConfig, parse_image_config
+from encfs.image.manifest import INDEX_TYPES, Platform, chosen_entries, parse_image_index
+from encfs.oci.blobs import BlobSource, RawManifest
 
 LAYER_PREFIX = "layer/"
 AUXILIARY_PREFIX = "tar/"
 FLAT_NAME = "rootfs"
 
-#: What uname(2) says, as container images call it (GOARCH, and the variant that is the default there).
+#: What uname(2) says, as container images call it. A variant where images for others do not run.
 _ARCHITECTURES = {
     "x86_64": ("amd64", ""),
-    "aarch64": ("arm64", "v8"),
+    "aarch64": ("arm64", ""),
     "armv7l": ("arm", "v7"),
     "armv6l": ("arm", "v6"),
     "i686": ("386", ""),
-    "ppc64le": ("ppc64le", ""),
-    "riscv64": ("riscv64", ""),
-    "s390x": ("s390x", ""),
 }
-#: Variants that go without saying.
-_IMPLIED = {"arm64": "v8", "arm": "v7"}
-
-
-@dataclass(frozen=True, slots=True)
-class Platform:
-    """An operating system, an architecture, and a variant of it, which may be empty."""
-
-    os: str
-    architecture: str
-    variant: str = ""
-
-    def __str__(self) -> str:
-        return "/".join(part for part in (self.os, self.architecture, self.variant) if part)
-
-    def matches(self, other: Platform) -> bool:
-        """Whether they are the same, where a variant that goes without saying may be left out."""
-        return self._normal() == other._normal()
-
-    def _normal(self) -> tuple[str, str, str]:
-        return self.os, self.architecture, self.variant or _IMPLIED.get(self.architecture, "")
-
-
-def parse_platform(text: str) -> Platform:
-    """`OS/ARCHITECTURE[/VARIANT]`. Raises: UsageError."""
-    parts = text.split("/")
-    if not 2 <= len(parts) <= 3 or not all(part.isalnum() for part in parts):
-        raise UsageError(f"{text} is no platform", hint="write it as linux/amd64 or linux/arm/v7")
-    return Platform(*parts)
 
 
 def this_platform() -> Platform:
     """That of the machine this runs on."""
     name = machine.machine()
     return Platform("linux", *_ARCHITECTURES.get(name, (name, "")))
+
+
+def choose_manifest(source: BlobSource, wanted: Platform) -> RawManifest:
+    """The manifest that the source's reference names; where that is an index, the first of it for the platform.
+
+    Raises: UsageError where the index has none; FormatError; UnsupportedError for an index within an index; what the
+    source raises.
+    """
+    document = source.document()
+    if document.media_type not in INDEX_TYPES:
+        return document
+    index = parse_image_index(document.content, document.media_type)
+    return source.manifest(chosen_entries(index, [wanted])[0].descriptor.digest)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,14 @@ from encfs.mount.mountpoint import (
 )
 from encfs.mount.options import MountStatus
 from encfs.mount.protocol import MAX_ANSWER, peer
-from encfs.mount.runtime import belongs_to, existing_runtime_directory, remove_leftovers, short_path, sockets
+from encfs.mount.runtime import (
+    belongs_to,
+    existing_runtime_directory,
+    has_leftovers,
+    remove_leftovers,
+    short_path,
+    sockets,
+)
 
 #: Seconds to wait for one answer of a daemon.
 _PATIENCE = 5.0
@@ -61,8 +68,8 @@ class _Daemon:
 def mounts() -> list[MountStatus]:
     """Every mount known to this user's runtime directory or seen in this mount namespace, ordered by mount point.
 
-    Files of daemons that are gone are removed from the runtime directory, except the logs of those whose dead mount is
-    still there. A silent daemon whose mount is not seen has no mount point.
+    Files of daemons that are gone are removed from the runtime directory, except of those whose dead mount is still
+    there. A silent daemon whose mount is not seen has no mount point.
     Raises: StorageError where the runtime directory is unfit.
     """
     daemons = _find_daemons()
@@ -70,9 +77,8 @@ def mounts() -> list[MountStatus]:
     for mount in _our_mounts():
         daemon = next((daemon for daemon in daemons if daemon.serves(mount)), None)
         if daemon is None:
-            found.append(
-                MountStatus(mount.mountpoint, "dead" if is_dead(mount.mountpoint) else "foreign", mount.device)
-            )
+            dead = _is_abandoned(mount.mountpoint, daemons)
+            found.append(MountStatus(mount.mountpoint, "dead" if dead else "foreign", mount.device))
         elif daemon.status is None:
             found.append(MountStatus(mount.mountpoint, "silent", mount.device, daemon.pid))
         else:
@@ -99,11 +105,12 @@ def umount(
     mount = top_mount(place)
     if mount is None or not mount.is_ours:
         raise NotMountedError(f"nothing of ours is mounted at {place}", hint="encfs status lists the mounts")
-    daemon = next((daemon for daemon in _find_daemons() if daemon.serves(mount)), None)
+    daemons = _find_daemons()
+    daemon = next((daemon for daemon in daemons if daemon.serves(mount)), None)
     deadline = time.monotonic() + timeout
     if daemon is None:
         # Its daemon is gone, or belongs to somebody whose sockets are not seen here.
-        _unmount_politely(place, lazy=lazy or is_dead(place))
+        _unmount_politely(place, lazy=lazy or _is_abandoned(place, daemons))
         clear_leftovers(place)
         return
     watch = _watch(daemon.pid)
@@ -129,6 +136,19 @@ def _our_mounts() -> list[MountInfo]:
     """The mounts of ours that are seen, the one on top where several are stacked."""
     top = {mount.mountpoint: mount for mount in current_mounts()}
     return [mount for mount in top.values() if mount.is_ours]
+
+
+def is_abandoned(mountpoint: str) -> bool:
+    """Whether the daemon of the mount there is gone. Raises: as `mounts`."""
+    return _is_abandoned(mountpoint, _find_daemons())
+
+
+def _is_abandoned(mountpoint: str, daemons: list[_Daemon]) -> bool:
+    """The mount answers that it is; or, where the kernel answers without asking, the daemon left its files behind."""
+    if is_dead(mountpoint):
+        return True
+    directory = existing_runtime_directory()
+    return directory is not None and has_leftovers(directory, mountpoint, [daemon.path for daemon in daemons])
 
 
 def _unmount_politely(mountpoint: str, *, lazy: bool) -> None:
@@ -184,8 +204,12 @@ def _has_ended(daemon: _Daemon, watch: int | None, deadline: float) -> bool:
 
 
 def _find_daemons() -> list[_Daemon]:
-    """Everybody who listens in the runtime directory. Sockets without a listener are removed."""
+    """Everybody who listens in the runtime directory.
+
+    Sockets without a listener are removed, but where the mount is still there: then they are how one can tell that.
+    """
     directory = existing_runtime_directory()
+    places = [mount.mountpoint for mount in _our_mounts()]
     found = []
     for path in sockets(directory) if directory else ():
         pid = 0
@@ -194,7 +218,8 @@ def _find_daemons() -> list[_Daemon]:
                 pid, _ = peer(connection)
             found.append(_Daemon(path, pid, _parse_status(_ask(path, "status"))))
         except _NoDaemonError:
-            path.unlink(missing_ok=True)
+            if not any(belongs_to(path, place) for place in places):
+                path.unlink(missing_ok=True)
         except _SilentError:
             found.append(_Daemon(path, pid, None))
     return found

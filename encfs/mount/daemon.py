@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from encfs.errors import EncfsError, MountError
 from encfs.mount.background import Report, run_in_background
-from encfs.mount.client import clear_leftovers
+from encfs.mount.client import clear_leftovers, is_abandoned
 from encfs.mount.logs import logging_to
 from encfs.mount.mountpoint import absolute, check_fuse, prepare
 from encfs.mount.options import MountOptions, MountStatus
@@ -69,7 +69,7 @@ def mount(
         place = absolute(mountpoint)
         if options.log_file is not None:
             options = replace(options, log_file=options.log_file.absolute())
-        prepare(place)
+        prepare(place, is_abandoned)
         clear_leftovers(place)
         check_fuse(allow_other=options.allow_other)
         contents = ImageContents(shape.volume, shape.tree)

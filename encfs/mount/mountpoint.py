@@ -15,6 +15,7 @@ import shutil
 import stat
 import subprocess
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,14 +128,16 @@ def is_dead(mountpoint: str) -> bool:
     return found == [errno.ENOTCONN]
 
 
-def prepare(mountpoint: str) -> None:
+def prepare(mountpoint: str, is_abandoned: Callable[[str], bool]) -> None:
     """Make sure that a directory is there and nothing of ours is mounted on it; clear away what a killed daemon left.
+
+    `is_abandoned` tells of a mount of ours whether its daemon is gone.
 
     Raises: MountError.
     """
     for _ in range(_MAX_STACKED):
         mount = top_mount(mountpoint)
-        if mount is None or not (mount.is_ours or mount.filesystem_type.startswith("fuse")) or not is_dead(mountpoint):
+        if mount is None or not (is_abandoned(mountpoint) if mount.is_ours else _is_dead_fuse(mount)):
             break
         if not mount.is_ours:
             raise MountError(
@@ -156,6 +159,10 @@ def prepare(mountpoint: str) -> None:
     mount = top_mount(mountpoint)
     if mount is not None and mount.is_ours:
         raise MountError(f"{mountpoint} is already mounted", hint=f"unmount it first: encfs umount {mountpoint}")
+
+
+def _is_dead_fuse(mount: MountInfo) -> bool:
+    return mount.filesystem_type.startswith("fuse") and is_dead(mount.mountpoint)
 
 
 def check_fuse(*, allow_other: bool) -> None:

@@ -129,6 +129,13 @@ def remove_leftovers(directory: Path, mountpoint: str, alive: Collection[Path]) 
             path.unlink(missing_ok=True)
 
 
+def has_leftovers(directory: Path, mountpoint: str, alive: Collection[Path]) -> bool:
+    """Whether a daemon of this mount point left something; not counting those whose socket is in `alive`."""
+    keep = {path.name.removesuffix(_SOCKET_SUFFIX) for path in alive}
+    names = (path.name.partition(".")[0] for path in directory.iterdir())
+    return any(stem.startswith(_prefix(mountpoint)) and stem not in keep for stem in names)
+
+
 @contextmanager
 def short_path(path: Path) -> Iterator[str]:
     """A name for `path` that fits a socket address (107 bytes), however long the directory's path is."""

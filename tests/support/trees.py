@@ -17,8 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from encfs.erofs.reader import ErofsReader
-from encfs.erofs.tree import Inode
+from encfs.erofs.tree import Inode, Tree
 from encfs.erofs.walk import walk
 
 #: ACL for user 1000 of read and write, in the form in which the kernel takes and gives it.
@@ -100,7 +99,7 @@ def scan_tree(root: Path | bytes, *, contents: bool = True, count_links: bool = 
     return nodes
 
 
-def scan_image(reader: ErofsReader, *, contents: bool = True) -> dict[bytes, Node]:
+def scan_image(reader: Tree, *, contents: bool = True) -> dict[bytes, Node]:
     """The same of an image through our reader."""
     root = reader.inode(reader.root)
     nodes = {b"": _image_node(reader, root, contents)}
@@ -208,7 +207,7 @@ def _file_pieces(descriptor: int, size: int) -> Iterator[tuple[int, bytes]]:
         position += _PIECE
 
 
-def _image_pieces(reader: ErofsReader, inode: Inode) -> Iterator[tuple[int, bytes]]:
+def _image_pieces(reader: Tree, inode: Inode) -> Iterator[tuple[int, bytes]]:
     offset = following = 0
     for place, length in reader.extents(inode, 0, inode.size):
         if place is not None:
@@ -218,7 +217,7 @@ def _image_pieces(reader: ErofsReader, inode: Inode) -> Iterator[tuple[int, byte
         offset += length
 
 
-def _image_node(reader: ErofsReader, inode: Inode, contents: bool) -> Node:
+def _image_node(reader: Tree, inode: Inode, contents: bool) -> Node:
     digest = ""
     if stat.S_ISREG(inode.mode) and contents:
         digest = _digest(_image_pieces(reader, inode))
