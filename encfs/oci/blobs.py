@@ -129,6 +129,9 @@ class BlobTarget(BlobSink, Protocol):
     #: Whether `copy_blob` checks digests by itself.
     verifies: bool
 
+    def write_manifest(self, content: bytes, media_type: str) -> Descriptor:
+        """A manifest that an index is going to name: there by its digest, under no tag and in no list."""
+
     def copy_blob(
         self, descriptor: Descriptor, stream: Callable[[int], Iterator[bytes]], advance: Callable[[int], None]
     ) -> None:

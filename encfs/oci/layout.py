@@ -335,6 +335,10 @@ class Layout:
         finally:
             writer.abort()
 
+    def write_manifest(self, content: bytes, media_type: str) -> Descriptor:
+        """A manifest that an index is going to name: a blob like any other. Raises: StorageError."""
+        return self.write_blob(content, media_type)
+
     def remove_blob(self, descriptor: Descriptor) -> None:
         """Take back a blob that no manifest names yet."""
         with storage_errors(self.path), contextlib.suppress(FileNotFoundError):

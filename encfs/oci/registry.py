@@ -233,15 +233,22 @@ class Registry:
 
         Raises: TransportError, AuthenticationError, IntegrityError, UsageError.
         """
-        self._uploads.wait()
-        digest = sha256_digest(content)
         tag = tag or self._tag
         if tag is not None:
             check_registry_tag(tag)
+        return self._put_manifest(content, media_type, tag or sha256_digest(content), artifact_type)
+
+    def write_manifest(self, content: bytes, media_type: str) -> Descriptor:
+        """Wait for the uploads, then put a manifest that an index is going to name. Raises: as `put_manifest`."""
+        return self._put_manifest(content, media_type, sha256_digest(content), None)
+
+    def _put_manifest(self, content: bytes, media_type: str, name: str, artifact_type: str | None) -> Descriptor:
+        self._uploads.wait()
+        digest = sha256_digest(content)
         response = self.client.request(
-            self.client.url("manifests", tag or digest),
+            self.client.url("manifests", name),
             "PUT",
-            f"manifest {tag or digest} of {self}",
+            f"manifest {name} of {self}",
             _STORED,
             data=content,
             headers={"Content-Type": media_type},
