@@ -78,7 +78,7 @@ class ImageManifest:
             "mediaType": MANIFEST_TYPE,
             "config": config,
             "layers": [
-                document if old == new else _changed(document, new)
+                document if old == new else _changed(document, old, new)
                 for document, old, new in zip(documents, self.layers, layers, strict=True)
             ],
         }
@@ -114,11 +114,11 @@ class ImageIndex:
         documents = self.document["manifests"]
         if not isinstance(documents, list):
             raise TypeError("not a parsed index")
-        manifests = [
-            _changed(document, replace(replaced[entry.descriptor.digest], annotations=entry.descriptor.annotations))
-            for document, entry in zip(documents, self.entries, strict=True)
-            if entry.descriptor.digest in replaced
-        ]
+        manifests = []
+        for document, entry in zip(documents, self.entries, strict=True):
+            old = entry.descriptor
+            if old.digest in replaced:
+                manifests.append(_changed(document, old, replace(replaced[old.digest], annotations=old.annotations)))
         return _serialised(dict(self.document) | {"mediaType": INDEX_TYPE, "manifests": manifests}, "index")
 
 
@@ -236,14 +236,15 @@ def _entry(value: object, index: int) -> IndexEntry:
     return IndexEntry(descriptor, Platform(system, architecture, variant))
 
 
-def _changed(document: object, descriptor: Descriptor) -> dict[str, object]:
-    """A descriptor's document with what is ours replaced; other members stay, but for those that tell the old bytes."""
+def _changed(document: object, old: Descriptor, new: Descriptor) -> dict[str, object]:
+    """A descriptor's document with what is ours replaced; other members stay, but for those that tell other bytes."""
     if not isinstance(document, dict):
         raise TypeError("not a parsed descriptor")
-    changed = {name: value for name, value in document.items() if name not in ("urls", "data", "annotations")}
-    changed |= {"mediaType": descriptor.media_type, "digest": descriptor.digest, "size": descriptor.size}
-    if descriptor.annotations:
-        changed["annotations"] = dict(descriptor.annotations)
+    dropped = {"annotations"} if old.digest == new.digest else {"annotations", "urls", "data"}
+    changed = {name: value for name, value in document.items() if name not in dropped}
+    changed |= {"mediaType": new.media_type, "digest": new.digest, "size": new.size}
+    if new.annotations:
+        changed["annotations"] = dict(new.annotations)
     return changed
 
 

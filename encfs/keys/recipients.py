@@ -278,12 +278,16 @@ def _unwrap_once(kek: bytearray, wrapped: bytes) -> bytes:
         wipe(kek)
 
 
-def agreed_kek(shared: bytes) -> bytearray:
-    """The key-encryption key of ECDH-ES+A256KW: Concat KDF with empty PartyUInfo and PartyVInfo (RFC 7518, 4.6.2)."""
-    algorithm = ECDH.encode("ascii")
-    other = struct.pack(f">I{len(algorithm)}sIII", len(algorithm), algorithm, 0, 0, 8 * CEK_SIZE)
-    kek = bytearray(CEK_SIZE)
-    ConcatKDFHash(SHA256(), CEK_SIZE, other).derive_into(shared, kek)
+def agreed_kek(
+    shared: bytes, algorithm: str = ECDH, size: int = CEK_SIZE, *, apu: bytes = b"", apv: bytes = b""
+) -> bytearray:
+    """The key-encryption key (`size` bytes) of ECDH-ES with key wrapping: Concat KDF (RFC 7518, 4.6.2).
+
+    Keyrings have neither PartyUInfo (`apu`) nor PartyVInfo (`apv`).
+    """
+    other = b"".join(struct.pack(">I", len(part)) + part for part in (algorithm.encode("ascii"), apu, apv))
+    kek = bytearray(size)
+    ConcatKDFHash(SHA256(), size, other + struct.pack(">I", 8 * size)).derive_into(shared, kek)
     return kek
 
 

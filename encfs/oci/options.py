@@ -35,6 +35,11 @@ class StoreOptions:
     #: Directory for segments on their way to a registry; None: `TMPDIR`, or /var/tmp.
     spool_dir: str | None = None
 
+    @property
+    def spool(self) -> str:
+        """The directory for large temporary files, all of them without a name."""
+        return self.spool_dir or os.environ.get("TMPDIR") or "/var/tmp"  # noqa: S108 -- see above
+
 
 def default_cache_dir() -> str:
     """`encfs` in the user's cache directory (XDG Base Directory Specification)."""

@@ -203,7 +203,7 @@ class Registry:
 
     def create_blob(self) -> SpooledWriter:
         """A new blob; it is uploaded in the background after its commit. Raises: StorageError."""
-        return SpooledWriter(self._uploads, _spool_directory(self.options))
+        return SpooledWriter(self._uploads, self.options.spool)
 
     def write_blob(self, content: bytes, media_type: str) -> Descriptor:
         """A small blob in one call. Raises: TransportError, AuthenticationError."""
@@ -394,10 +394,6 @@ class SpooledWriter:
         if self._directory >= 0:
             os.close(self._directory)
             self._directory = -1
-
-
-def _spool_directory(options: StoreOptions) -> str:
-    return options.spool_dir or os.environ.get("TMPDIR") or "/var/tmp"  # noqa: S108 - unnamed files, large ones
 
 
 # -- documents

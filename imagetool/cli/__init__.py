@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 from encfs import commandline
-from imagetool.cli import copy, decrypt, encrypt, inspect, keygen, ls, pull, push, recipients, sign, verify
+from imagetool.cli import copy, decrypt, encrypt, inspect, keygen, ls, ocicrypt, pull, push, recipients, sign, verify
 
 PROGRAM = "imagetool"
 
@@ -15,6 +15,7 @@ for _module in (keygen, encrypt, decrypt, inspect, ls, verify):
 app.add_typer(recipients.app)
 for _module in (sign, copy, push, pull):
     commandline.add_module(app, _module)
+app.add_typer(ocicrypt.app)
 
 
 def main() -> NoReturn:

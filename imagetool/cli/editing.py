@@ -12,7 +12,7 @@ from encfs.errors import UsageError
 from encfs.terminal import Terminal
 
 if TYPE_CHECKING:
-    from encfs.oci.blobs import BlobSink, BlobSource, Descriptor
+    from encfs.oci.blobs import BlobSource, BlobTarget, Descriptor
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Edited:
 
     reference: str
     source: BlobSource
-    sink: BlobSink
+    sink: BlobTarget
     tag: str | None
 
 
@@ -56,7 +56,7 @@ def edited(reference: str, registry: RegistryOptions) -> Iterator[Edited]:
             if len(tags) != 1:
                 raise UsageError(f"{reference} does not say which tag is to move", hint="write oci:PATH:TAG")
             (tag,) = tags
-            layout.manifest()
+            layout.document()
         yield Edited(reference, layout, layout, tag)
 
 

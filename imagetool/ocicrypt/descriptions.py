@@ -1,0 +1,32 @@
+"""What can be said of a wrapped key without any key: for lists and messages. Untrusted, and shown as such."""
+
+from __future__ import annotations
+
+from encfs.errors import FormatError
+from encfs.strictjson import show_name
+from imagetool.ocicrypt import jwe
+from imagetool.ocicrypt.options import Element
+
+
+def describe(element: Element) -> list[str]:
+    """One line for each recipient of an element: several for a JWE that has several; one for what is not understood."""
+    try:
+        if element.scheme == "jwe":
+            return [_describe_jwe(recipient) for recipient in jwe.parse(element.content).recipients]
+    except FormatError as error:
+        return [f"malformed: {error.message}"]
+    return ["unknown"]
+
+
+def _describe_jwe(recipient: jwe.JweRecipient) -> str:
+    parts = [_text(recipient.alg)]
+    epk, kid = recipient.header.get("epk"), recipient.header.get("kid")
+    if isinstance(epk, dict):
+        parts.append(_text(epk.get("crv")))
+    if kid is not None:
+        parts.append(f"kid {_text(kid)}")
+    return " ".join(parts)
+
+
+def _text(value: object) -> str:
+    return show_name(value).strip("'")
