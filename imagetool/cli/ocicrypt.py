@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="ocicrypt",
-    help="Encrypted container images as skopeo, containerd and Confidential Containers have them.",
+    help="Encrypted images of skopeo, containerd and CoCo.",
     rich_markup_mode=None,
 )
 recipients_app = typer.Typer(name="recipients", help="Show and change who can open such an image.")
@@ -226,6 +226,8 @@ def _recipients(texts: Sequence[str]) -> Iterator[list[Recipient]]:
 def _openers(texts: Sequence[str]) -> Iterator[list[Opener]]:
     from imagetool.ocicrypt.keys import parse_opener
 
+    if not texts:
+        raise MissingKeyError("no key was given to open the image", hint="pass one with -k KEYURI")
     with ExitStack() as stack:
         yield [stack.enter_context(closing(parse_opener(text))) for text in texts]
 

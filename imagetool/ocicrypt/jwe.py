@@ -96,7 +96,8 @@ class Jwe:
         rest = [entry for at, entry in enumerate(entries) if at not in dropped] if isinstance(entries, list) else []
         if not rest:
             raise ValueError("no recipient would be left")
-        return json.dumps(dict(self.document) | {"recipients": rest}, separators=(",", ":")).encode()
+        document = {name: value for name, value in self.document.items() if name != "encrypted_key"}
+        return json.dumps(document | {"recipients": rest}, separators=(",", ":")).encode()
 
 
 def encrypt(content: bytes | bytearray, key: JwePublicKey, algorithm: str | None = None) -> bytes:
@@ -195,10 +196,12 @@ def _entries(members: Mapping[str, object]) -> Sequence[object]:
     if "recipients" not in members:
         return [{name: members[name] for name in ("header", "encrypted_key") if name in members}]
     entries = members["recipients"]
-    if {"header", "encrypted_key"} & set(members) or not isinstance(entries, list):
+    if not isinstance(entries, list) or not 0 < len(entries) <= MAX_RECIPIENTS:
+        raise FormatError(f"the JWE's recipients are not a list of 1 to {MAX_RECIPIENTS}")
+    # go-jose up to version 2 repeats the first one's key at the top, as in skopeo 1.9.
+    first = entries[0].get("encrypted_key") if isinstance(entries[0], dict) else None
+    if "header" in members or members.get("encrypted_key") not in (None, first):
         raise FormatError("the JWE is neither of the flattened nor of the general serialisation")
-    if not 0 < len(entries) <= MAX_RECIPIENTS:
-        raise FormatError(f"the JWE has {len(entries)} recipients, not 1 to {MAX_RECIPIENTS}")
     return entries
 
 
