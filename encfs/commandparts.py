@@ -189,7 +189,26 @@ class RegistryOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class CacheOptions(RegistryOptions):
+class MirrorOptions(RegistryOptions):
+    """The same for commands that read whole artifacts, from mirrors of the registry where they can."""
+
+    mirrors: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mirror",
+            metavar="URL",
+            help="Read from this mirror of the registry, HOST[:PORT][/PREFIX], before the registry. Repeatable.",
+            show_default=False,
+        ),
+    ] = None
+
+    def store(self) -> StoreOptions:
+        """Raises: UsageError."""
+        return replace(RegistryOptions.store(self), mirrors=tuple(self.mirrors or ()))
+
+
+@dataclass(frozen=True, slots=True)
+class CacheOptions(MirrorOptions):
     """The same for commands that read the content, and keep its ciphertext."""
 
     cache_dir: Annotated[
@@ -211,13 +230,13 @@ class CacheOptions(RegistryOptions):
 
         size = DEFAULT_CACHE_SIZE if self.cache_size is None else self.cache_size
         directory = self.cache_dir or default_cache_dir()
-        return replace(RegistryOptions.store(self), cache_dir=directory if size else None, cache_size=size)
+        return replace(MirrorOptions.store(self), cache_dir=directory if size else None, cache_size=size)
 
-    def without_cache(self) -> RegistryOptions:
+    def without_cache(self) -> MirrorOptions:
         """For what is copied once and kept elsewhere. Raises: UsageError where a cache was asked for."""
         if self.cache_dir is not None or self.cache_size is not None:
             raise UsageError("--cache-dir and --cache-size are for what goes into the cache", hint="leave them out")
-        return RegistryOptions(**{item.name: getattr(self, item.name) for item in fields(RegistryOptions)})
+        return MirrorOptions(**{item.name: getattr(self, item.name) for item in fields(MirrorOptions)})
 
 
 @contextmanager

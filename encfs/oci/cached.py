@@ -14,6 +14,7 @@ from encfs.errors import AuthenticationError, FormatError, StorageError, Transpo
 from encfs.oci.blobs import MAX_MANIFEST_SIZE, Blob, Descriptor, RawManifest
 from encfs.oci.cache import GRAIN, Cache, Tag, open_cache
 from encfs.oci.cachedblob import CachedBlob
+from encfs.oci.mirrors import behind_mirrors
 from encfs.oci.options import StoreOptions, default_cache_dir
 from encfs.oci.reference import DEFAULT_TAG, Reference
 from encfs.oci.registry import INDEX_TYPE, MANIFEST_TYPE, Registry
@@ -33,6 +34,8 @@ class CachedSource:
         self.cache = _open_cache(self.options)
         #: The registry itself.
         self.origin = Registry(reference, self.options)
+        #: The same, its mirrors asked first.
+        self._upstream = behind_mirrors(self.origin)
 
     def __str__(self) -> str:
         return str(self.origin)
@@ -55,7 +58,7 @@ class CachedSource:
         if name is not None and name.startswith("sha256:"):
             return self._document_by_digest(name)
         try:
-            document = self.origin.document(name)
+            document = self._upstream.document(name)
         except AuthenticationError:
             raise
         except TransportError as error:
@@ -72,7 +75,7 @@ class CachedSource:
         content = self.cache.read_document(digest, MAX_MANIFEST_SIZE) if self.cache is not None else None
         if content is not None:
             return RawManifest(content, digest, _media_type(content))
-        document = self.origin.document(digest)
+        document = self._upstream.document(digest)
         if self.cache is not None:
             self.cache.write_document(document.content)
         return document
@@ -103,7 +106,7 @@ class CachedSource:
             content = self.cache.read_document(descriptor.digest, limit)
             if content is not None and len(content) == descriptor.size:
                 return content
-        content = self.origin.read_blob(descriptor, limit=limit)
+        content = self._upstream.read_blob(descriptor, limit=limit)
         if self.cache is not None:
             self.cache.write_document(content)
         return content
@@ -121,13 +124,13 @@ class CachedSource:
 
     def remote_blob(self, descriptor: Descriptor) -> RangeBlob:
         """A blob past the cache. Raises: FormatError."""
-        return self.origin.open_blob(descriptor)
+        return self._upstream.open_blob(descriptor)
 
     def stream_blob(
         self, descriptor: Descriptor, *, chunk_size: int = 1 << 20, offset: int = 0, verify: bool = True
     ) -> Iterator[bytes]:
         """As `Registry.stream_blob`: past the cache, which serves reading in parts."""
-        return self.origin.stream_blob(descriptor, chunk_size=chunk_size, offset=offset, verify=verify)
+        return self._upstream.stream_blob(descriptor, chunk_size=chunk_size, offset=offset, verify=verify)
 
     def has_blob(self, descriptor: Descriptor) -> bool:
         """Whether the registry has it. Raises: TransportError, AuthenticationError."""
@@ -139,7 +142,7 @@ class CachedSource:
 
     def close(self) -> None:
         """End what is under way. Harmless when called again."""
-        self.origin.close()
+        self._upstream.close()
         if self.cache is not None:
             self.cache.close()
 

@@ -113,6 +113,7 @@ class _Filler:
                 if self._is_whole(blob, cached):
                     return
                 cached.drop(0, blob.size)
+                self._source.remote_blob(blob).discard(0, blob.size)
         finally:
             cached.close()
         raise IntegrityError(f"blob {blob.digest} of {self._source} has other content than its digest says")

@@ -98,6 +98,12 @@ def parse_reference(text: str) -> Reference:
     return Reference("path", path=text)
 
 
+def is_host(text: str) -> bool:
+    """Whether a text is `HOST[:PORT]` as references have it."""
+    host = _HOST.fullmatch(text)
+    return host is not None and (host.group(1) is None or 0 < int(host.group(1)) < 65536)
+
+
 def check_layout_tag(tag: str) -> str:
     """`tag` itself if it may name an entry of an OCI layout. Raises: UsageError."""
     if len(tag) > _MAX_LAYOUT_TAG or not _LAYOUT_TAG.fullmatch(tag):
@@ -145,8 +151,7 @@ def _parse_docker(text: str, rest: str) -> Reference:
     name, mark, tag = name.partition(":")
     if registry == DEFAULT_REGISTRY and "/" not in name:
         name = f"{DEFAULT_NAMESPACE}/{name}"
-    host = _HOST.fullmatch(registry)
-    if host is None or (host.group(1) is not None and not 0 < int(host.group(1)) < 65536):
+    if not is_host(registry):
         raise UsageError(f"{show_name(text)} has a malformed host", hint="write docker://HOST[:PORT]/REPOSITORY[:TAG]")
     if len(name) > _MAX_REPOSITORY or not _REPOSITORY.fullmatch(name):
         raise UsageError(

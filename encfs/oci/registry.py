@@ -33,7 +33,7 @@ from encfs.oci.files import FileWriter, storage_errors
 from encfs.oci.http import content_length, resolve, status_error
 from encfs.oci.options import StoreOptions
 from encfs.oci.reference import DEFAULT_TAG, Reference, check_registry_tag
-from encfs.oci.remote import RemoteBlob
+from encfs.oci.remote import RangeBlob, RemoteBlob
 from encfs.oci.upload import Uploader
 from encfs.strictjson import loads_object, show_name
 
@@ -94,11 +94,15 @@ class Registry:
             )
         return manifest
 
-    def document(self, reference: str | None = None) -> RawManifest:
-        """The manifest or index. Raises: NotFoundError, IntegrityError, TransportError, AuthenticationError."""
-        return self._fetch_manifest(reference or self.reference.digest or self._tag or DEFAULT_TAG, _ACCEPT)
+    def document(self, reference: str | None = None, *, attempts: int | None = None) -> RawManifest:
+        """The manifest or index; `attempts` bounds the tries, besides the time.
 
-    def _fetch_manifest(self, name: str, accept: str) -> RawManifest:
+        Raises: NotFoundError, IntegrityError, TransportError, AuthenticationError.
+        """
+        name = reference or self.reference.digest or self._tag or DEFAULT_TAG
+        return self._fetch_manifest(name, _ACCEPT, attempts)
+
+    def _fetch_manifest(self, name: str, accept: str, attempts: int | None = None) -> RawManifest:
         if not name.startswith("sha256:"):
             check_registry_tag(name)
         response = self.client.request(
@@ -107,6 +111,7 @@ class Registry:
             f"manifest {name} of {self}",
             _SUCCESS,
             headers={"Accept": accept},
+            patience=self.client.patience(attempts),
         )
         content = response.content
         digest = sha256_digest(content)
@@ -139,18 +144,7 @@ class Registry:
         self, descriptor: Descriptor, *, chunk_size: int = 1 << 20, offset: int = 0, verify: bool = True
     ) -> Iterator[bytes]:
         """The blob from `offset` on, in pieces of any size, resumed after cuts; from 0, verified by its end."""
-        blob = self.open_blob(descriptor)
-        digest = hashlib.sha256() if verify and offset == 0 else None
-        done = offset
-        for position, chunk in blob.pieces(offset, descriptor.size - offset):
-            piece = chunk[max(0, done - position) :]
-            if piece:
-                done += len(piece)
-                if digest is not None:
-                    digest.update(piece)
-                yield piece
-        if digest is not None and digest.digest() != parse_digest(descriptor.digest):
-            raise IntegrityError(f"blob {descriptor.digest} of {self} has other content than its digest says")
+        return stream_in_order(self.open_blob(descriptor), descriptor, str(self), offset=offset, verify=verify)
 
     def has_blob(self, descriptor: Descriptor) -> bool:
         """Whether the repository has a blob of that digest and size. Raises: TransportError, AuthenticationError."""
@@ -287,6 +281,26 @@ class Registry:
         """End uploads and reads that are under way. Harmless when called again."""
         self.client.close()
         self._uploads.close()
+
+
+def stream_in_order(
+    blob: RangeBlob, descriptor: Descriptor, label: str, *, offset: int, verify: bool
+) -> Iterator[bytes]:
+    """The bytes of a blob from `offset` on, whose pieces come in order and maybe with more before them.
+
+    Raises: IntegrityError where all of them, which `verify` asks to check, are not the digest's; what the blob raises.
+    """
+    digest = hashlib.sha256() if verify and offset == 0 else None
+    done = offset
+    for position, chunk in blob.pieces(offset, descriptor.size - offset):
+        piece = chunk[max(0, done - position) :]
+        if piece:
+            done += len(piece)
+            if digest is not None:
+                digest.update(piece)
+            yield piece
+    if digest is not None and digest.digest() != parse_digest(descriptor.digest):
+        raise IntegrityError(f"blob {descriptor.digest} of {label} has other content than its digest says")
 
 
 # -- blobs on their way

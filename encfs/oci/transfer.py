@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TypeVar
 
-from encfs.errors import TransportError
+from encfs.errors import IntegrityError, TransportError
 from encfs.oci.blobs import BlobSource, BlobTarget, Descriptor
 from encfs.oci.options import DEFAULT_CONCURRENCY
 from encfs.progress import Progress
@@ -69,17 +70,38 @@ class _Copier:
         self._target = target
         self._progress = progress
         self._lock = threading.Lock()
+        #: Bytes of each blob that were reported as done.
+        self._done: dict[str, int] = {}
         self.stopped = threading.Event()
 
     def copy(self, blob: Descriptor) -> None:
-        self._target.copy_blob(blob, lambda offset: self._stream(blob, offset), self._advance)
+        try:
+            self._copy(blob)
+        except IntegrityError:
+            # Wrong bytes: there may be another place to get them from, or they come right the next time.
+            opened = self._source.open_blob(blob)
+            with closing(opened):
+                if not opened.discard(0, blob.size):
+                    raise
+            self._copy(blob)
+
+    def _copy(self, blob: Descriptor) -> None:
+        reported = 0
+
+        def advance(size: int) -> None:
+            # A second attempt reports only what the first one had not done.
+            nonlocal reported
+            reported += size
+            with self._lock:
+                new = reported - self._done.get(blob.digest, 0)
+                if new > 0:
+                    self._done[blob.digest] = reported
+                    self._progress.advance(new)
+
+        self._target.copy_blob(blob, lambda offset: self._stream(blob, offset), advance)
 
     def _stream(self, blob: Descriptor, offset: int) -> Iterator[bytes]:
         for chunk in self._source.stream_blob(blob, offset=offset, verify=not self._target.verifies):
             if self.stopped.is_set():
                 raise TransportError("another part of the copy failed")
             yield chunk
-
-    def _advance(self, size: int) -> None:
-        with self._lock:
-            self._progress.advance(size)

@@ -132,7 +132,9 @@ class DockerRegistry:
         basic: bool = False,
         token: TokenService | None = None,
         delete: bool = False,
+        proxy_of: str = "",
     ) -> None:
+        """`proxy_of`: the URL of the registry whose pull-through cache it is."""
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.port = free_port()
@@ -153,6 +155,8 @@ class DockerRegistry:
             },
             "http": http_section,
         }
+        if proxy_of:
+            config["proxy"] = {"remoteurl": proxy_of}
         if basic:
             (directory / "htpasswd").write_text(_HTPASSWD)
             config["auth"] = {"htpasswd": {"realm": "tests", "path": str(directory / "htpasswd")}}
