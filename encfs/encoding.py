@@ -61,6 +61,18 @@ def b64_decode(text: object, what: str) -> bytes:
     raise FormatError(f"{what} is not canonical base64")
 
 
+def b64_urlsafe_padded(data: Buffer) -> str:
+    """base64url with padding (RFC 4648, section 5), as serde's `UrlSafe` writes it."""
+    return base64.urlsafe_b64encode(data).decode("ascii")
+
+
+def parse_b64_urlsafe(text: object, what: str) -> bytes:
+    """The bytes of a base64url text with or without its padding. Raises: FormatError."""
+    if isinstance(text, str) and len(text) % 4 == 0:
+        text = text.removesuffix("=").removesuffix("=")
+    return b64url_decode(text, what)
+
+
 def hex_decode(text: object, what: str) -> bytes:
     """The bytes of a lower-case hexadecimal text. Raises: FormatError."""
     if not isinstance(text, str) or not _HEX.fullmatch(text):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 
-from encfs.attestation import kbs, quotes, snp
+from encfs.attestation import azure, kbs, quotes, snp
 from encfs.attestation.evidence import MAX_EVIDENCE_SIZE, Endorsements, Evidence, EvidenceKind
 from encfs.encoding import b64url_decode
 from encfs.errors import FormatError
@@ -39,6 +39,8 @@ def parse_evidence(content: bytes) -> Evidence:
         return kbs.parse_document(loads_object(text, limit=MAX_EVIDENCE_SIZE, what="the evidence"))
     if text.startswith(b"ey") and text.count(b".") == 2:
         return Evidence(_token_kind(text), text)
+    if content.startswith(azure.MAGIC):
+        return Evidence(azure.parse_hcl_report(content).kind, content)
     if kind := quotes.quote_kind(content):
         return Evidence(kind, content)
     if len(content) >= 4 and struct.unpack_from("<I", content)[0] in range(1, 32) and len(content) >= snp.REPORT_SIZE:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from encfs.attestation import dcap, sample, snp, tpmquote
+from encfs.attestation import azure, dcap, sample, snp, tpmquote
 from encfs.attestation.evidence import Endorsements, Evidence, EvidenceKind
 from encfs.attestation.findings import Findings
 from encfs.attestation.parsing import parse_evidence, recognise
@@ -63,6 +63,9 @@ def _check(
             dcap.check_report_data(findings, quote, policy)
         case EvidenceKind.TPM:
             tpmquote.check_tpm_quote(findings, tpmquote.parse_tpm_evidence(evidence.content), policy)
+        case EvidenceKind.AZURE_SNP_VTPM | EvidenceKind.AZURE_TDX_VTPM:
+            parts = azure.parse_azure_evidence(evidence.kind, evidence.content)
+            azure.check_azure(findings, parts, endorsements, policy, now)
         case EvidenceKind.SAMPLE:
             sample.check_sample(findings, evidence.content, policy)
         case _:

@@ -1,4 +1,4 @@
-"""`encfs attest enrol`."""
+"""`encfs attest enrol` and `encfs attest collect`."""
 
 from __future__ import annotations
 
@@ -62,4 +62,62 @@ def _pem(der: bytes) -> bytes:
     return load_der_public_key(der).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
+def collect(
+    terminal: Terminal,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "-o", "--output", metavar="FILE", help="The evidence, instead of standard output.", show_default=False
+        ),
+    ] = None,
+    tee: Annotated[
+        str, typer.Option("--tee", metavar="NAME", help="Where it comes from; auto is what this machine has.")
+    ] = "auto",
+    ak: Annotated[
+        str | None,
+        typer.Option(
+            "--ak", metavar="FILE", help="A quote of the TPM by this attestation key (enrol).", show_default=False
+        ),
+    ] = None,
+    report_data: Annotated[
+        str | None,
+        typer.Option(
+            "--report-data",
+            metavar="HEX",
+            help="Up to 64 bytes that the asker chose, to show that the evidence is fresh; random by default.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Ask this machine for evidence of what it is."""
+    import json
+    import os
+
+    from encfs.attestation.collect.sources import REPORT_DATA_SIZE, evidence_source
+    from encfs.attestation.kbs import to_kbs_evidence
+    from encfs.encoding import hex_decode
+    from encfs.errors import FormatError, UsageError
+    from encfs.keys.files import create_file
+
+    if output is None and terminal.settings.json:
+        raise UsageError("collect writes the evidence itself to standard output", hint="give -o FILE with --json")
+    try:
+        data = hex_decode(report_data, "--report-data") if report_data is not None else os.urandom(32)
+    except FormatError as error:
+        raise UsageError(error.message) from None
+    if len(data) > REPORT_DATA_SIZE:
+        raise UsageError(f"--report-data is longer than {REPORT_DATA_SIZE} bytes")
+    source = evidence_source(tee, ak=ak)
+    content = json.dumps(to_kbs_evidence(source.collect(data))).encode() + b"\n"
+    if output is None:
+        terminal.write(content)
+        return
+    create_file(output, bytearray(content), 0o644)
+    terminal.result(
+        {"file": output, "tee": source.tee, "report_data": data.hex()},
+        [f"evidence     {output}  ({source.tee})", f"report data  {data.hex()}"],
+    )
+
+
 add_command(app, "enrol", enrol)
+add_command(app, "collect", collect)

@@ -9,6 +9,7 @@ hands, its public half into the verifier's policy. Verifying is `encfs.attestati
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -32,6 +33,8 @@ _ATTEMPTS = 5
 AZURE_REPORT_INDEX, AZURE_AK_HANDLE = 0x01400001, 0x81000003
 # Bounds of what is read from NV: a report is 2600 bytes; a TPM returns at least 512 at once (Part 2, 6.13).
 _MAX_NV_SIZE, _NV_CHUNK = 16 << 10, 512
+# TPM_ALG_ID (Part 2, 6.3).
+_RSASSA, _SHA256 = 0x0014, 0x000B
 # TPMA_NV (Part 2, 13.4).
 _NV_OWNERREAD = 0x20000
 
@@ -56,6 +59,13 @@ class Quote:
                 "pcrs": [value.hex() for value in self.pcrs],
             },
         }
+
+    def raw_signature(self) -> bytes:
+        """The RSA signature without what the TPM says of it. Raises: KeyProviderError for other keys."""
+        scheme, digest, size = struct.unpack_from(">HHH", self.signature)
+        if (scheme, digest) != (_RSASSA, _SHA256) or len(self.signature) != 6 + size:
+            raise KeyProviderError("the attestation key does not sign with RSA (RSASSA, SHA-256)")
+        return self.signature[6:]
 
 
 def create_attestation_key() -> TpmObject:
@@ -89,11 +99,15 @@ def collect_tpm_evidence(
     selected = sorted(set(pcrs))
     if isinstance(ak, int):
         with opened_storage() as storage:
-            return _quote_with_handle(storage, ak, report_data, bank, selected).evidence()
+            return _quote_with_handle(storage, ak, _qualifying(report_data), bank, selected).evidence()
     found = load_object(ak)
     public = attestation_public_key(found)
     with opened_storage(found.srk_name, found.srk_handle) as storage, storage.loaded(found) as key:
-        return _quote(storage, key, public, report_data, bank, selected).evidence()
+        return _quote(storage, key, public, _qualifying(report_data), bank, selected).evidence()
+
+
+def _qualifying(report_data: bytes) -> bytes:
+    return report_data[:QUALIFYING_SIZE].ljust(QUALIFYING_SIZE, b"\0")
 
 
 def collect_azure_evidence(
@@ -101,11 +115,23 @@ def collect_azure_evidence(
 ) -> tuple[bytes, Quote]:
     """The paravisor's report (HCL) of an Azure confidential VM, and a quote by the AK that it vouches for.
 
+    The quote carries all of `report_data`, at most 64 bytes.
+
     Raises: KeyProviderError where this is no such machine or the TPM cannot be used.
     """
     with opened_storage() as storage:
-        report = read_nv(storage, AZURE_REPORT_INDEX, "the report of an Azure confidential VM")
+        report = _azure_report(storage)
         return report, _quote_with_handle(storage, AZURE_AK_HANDLE, report_data, "sha256", sorted(set(pcrs)))
+
+
+def read_azure_report() -> bytes:
+    """That report alone. Raises: as `collect_azure_evidence`."""
+    with opened_storage() as storage:
+        return _azure_report(storage)
+
+
+def _azure_report(storage: Storage) -> bytes:
+    return read_nv(storage, AZURE_REPORT_INDEX, "the report of an Azure confidential VM")
 
 
 def read_nv(storage: Storage, index: int, what: str) -> bytes:
@@ -132,7 +158,7 @@ def read_nv(storage: Storage, index: int, what: str) -> bytes:
     return content
 
 
-def _quote_with_handle(storage: Storage, handle: int, report_data: bytes, bank: str, selected: list[int]) -> Quote:
+def _quote_with_handle(storage: Storage, handle: int, qualifying: bytes, bank: str, selected: list[int]) -> Quote:
     absent = KeyProviderError(
         f"no attestation key is at {handle:#010x}",
         hint="make one with encfs attest enrol, and name its file",
@@ -140,13 +166,12 @@ def _quote_with_handle(storage: Storage, handle: int, report_data: bytes, bank: 
     with translated("look at the attestation key", {HANDLE: absent}):
         key = storage.tpm.tr_from_tpmpublic(handle)
         public, _, _ = storage.tpm.read_public(key)
-    return _quote(storage, key, _spki(public), report_data, bank, selected)
+    return _quote(storage, key, _spki(public), qualifying, bank, selected)
 
 
 def _quote(
-    storage: Storage, key: ESYS_TR, ak_public: bytes, report_data: bytes, bank: str, selected: list[int]
+    storage: Storage, key: ESYS_TR, ak_public: bytes, qualifying: bytes, bank: str, selected: list[int]
 ) -> Quote:
-    qualifying = report_data[:QUALIFYING_SIZE].ljust(QUALIFYING_SIZE, b"\0")
     selection, _ = TPML_PCR_SELECTION.unmarshal(structures.pcr_selection(bank, selected))
     for _ in range(_ATTEMPTS):
         pcrs = storage.read_pcrs(bank, list(range(structures.PCR_COUNT)))

@@ -89,6 +89,7 @@ def test_every_command_of_the_issue_is_there() -> None:
                 "advance",
                 "providers",
                 "attest enrol",
+                "attest collect",
             )
         ),
     }

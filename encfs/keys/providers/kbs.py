@@ -5,6 +5,7 @@
 | `url=URL` | another broker that serves the same keys; repeatable |
 | `ca=FILE` | PEM file of the authorities that may have issued the brokers' certificates, and no others |
 | `tee=NAME` | where the evidence comes from; `auto` by default |
+| `ak=FILE` | the attestation key of this machine's TPM (`encfs attest enrol`), whose quote is the evidence |
 | `timeout=SECONDS` | for everything, 60 by default |
 
 `kbs:///REPOSITORY/TYPE/TAG?url=URL` is the same with every broker in an option. The path is never taken from the
@@ -15,12 +16,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from urllib.parse import parse_qsl, urlsplit
 
-from encfs.attestation.collect.sev_guest import device_problem
+from encfs.attestation.collect.sources import AUTOMATIC, check_tee, evidence_source, unavailable
 from encfs.errors import FormatError, KeyFileError
 from encfs.kbs.client import DEFAULT_TIMEOUT, KbsOptions, fetch_resource
-from encfs.kbs.evidence import AUTOMATIC, check_tee, evidence_source
+from encfs.kbs.evidence import ProtocolSource
 from encfs.kbs.protocol import ResourcePath, parse_path
 from encfs.kbs.resource import ReleasedKey, parse_resource
 from encfs.keys.recipients import Recipient, unwrap_with_key
@@ -37,21 +39,30 @@ _LONGEST_TIMEOUT = 3600
 _logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What a URI asks for. `ak` is the file of a TPM's attestation key."""
+
+    options: KbsOptions
+    path: ResourcePath
+    tee: str
+    ak: str | None
+
+
 class KbsProvider:
     """Unwraps with a key that a broker released; keeps it until `close`, since releases are counted."""
 
     def __init__(self, rest: str) -> None:
-        self._options, self._path, self._tee = _parse(rest)
+        self._request = _parse(rest)
         self._released: ReleasedKey | None = None
 
     @staticmethod
     def unavailable() -> str | None:
-        problem = device_problem()
-        return f"no TEE that evidence can be collected from: {problem}" if problem else None
+        return unavailable()
 
     @property
     def uri(self) -> str:
-        return self._path.uri
+        return self._request.path.uri
 
     @property
     def binding(self) -> KeyBinding:
@@ -73,13 +84,14 @@ class KbsProvider:
 
     def _release(self, content_digest: str | None) -> ReleasedKey:
         if self._released is None:
-            if any(address.scheme == "http" for address in self._options.addresses):
+            request = self._request
+            if any(address.scheme == "http" for address in request.options.addresses):
                 _logger.warning(
                     "the key broker is asked without TLS: the key stays secret, but anyone on the way can withhold the "
                     "refusals that come with it"
                 )
-            source = evidence_source(self._tee)
-            content = fetch_resource(self._options, self._path, source, content_digest=content_digest)
+            source = ProtocolSource(evidence_source(request.tee, ak=request.ak))
+            content = fetch_resource(request.options, request.path, source, content_digest=content_digest)
             try:
                 self._released = parse_resource(content, self.uri)
             finally:
@@ -87,7 +99,7 @@ class KbsProvider:
         return self._released
 
 
-def _parse(rest: str) -> tuple[KbsOptions, ResourcePath, str]:
+def _parse(rest: str) -> _Request:
     if len(rest) > _MAX_URI or not rest.isascii() or not rest.isprintable():
         raise KeyFileError("the kbs: URI is too long or holds characters that do not belong there", hint=_HINT)
     front, _, query = rest.partition("?")
@@ -107,6 +119,7 @@ def _parse(rest: str) -> tuple[KbsOptions, ResourcePath, str]:
         raise KeyFileError(error.message, hint=_HINT) from None
     ca_file: str | None = None
     tee, timeout = AUTOMATIC, DEFAULT_TIMEOUT
+    ak: str | None = None
     for name, value in _pairs(query):
         match name:
             case "url":
@@ -115,6 +128,8 @@ def _parse(rest: str) -> tuple[KbsOptions, ResourcePath, str]:
                 ca_file = value
             case "tee":
                 tee = check_tee(value)
+            case "ak":
+                ak = value
             case "timeout":
                 timeout = _seconds(value)
             case _:
@@ -123,7 +138,7 @@ def _parse(rest: str) -> tuple[KbsOptions, ResourcePath, str]:
         raise KeyFileError(
             f"the kbs: URI names no broker, or more than {_MAX_ADDRESSES}", hint="add ?url=https://HOST:PORT"
         )
-    return KbsOptions(tuple(addresses), ca_file, timeout), path, tee
+    return _Request(KbsOptions(tuple(addresses), ca_file, timeout), path, tee, ak)
 
 
 def _pairs(query: str) -> list[tuple[str, str]]:
