@@ -102,11 +102,11 @@ class Session:
         place = self._plan.mountpoint
         before = polling.fuse_descriptors()
         if self._plan.recipe is None:
-            _initialise(self._filesystem, place, self._plan.options.kernel_options())
+            initialise(self._filesystem, place, self._plan.options.kernel_options())
             self._note_device()
         else:
             served, self._unattached = open_fuse(allow_other=False, default_permissions=True)
-            _initialise(self._filesystem, f"/dev/fd/{served}", frozenset({f"fsname={MOUNT_SOURCE}"}))
+            initialise(self._filesystem, f"/dev/fd/{served}", frozenset({f"fsname={MOUNT_SOURCE}"}))
         new = polling.fuse_descriptors() - before
         stop_polling = polling.install(next(iter(new)), self._filesystem) if len(new) == 1 else None
         self._base = replace(self._base, polling=stop_polling is not None)
@@ -201,7 +201,7 @@ def _check_answers(mountpoint: str) -> int:
     return device
 
 
-def _initialise(filesystem: ImageFilesystem, mountpoint: str, options: frozenset[str]) -> None:
+def initialise(filesystem: ImageFilesystem, mountpoint: str, options: frozenset[str]) -> None:
     """Mount. libfuse says on stderr what went wrong: that is caught and becomes the message."""
     with tempfile.TemporaryFile() as messages:
         sys.stderr.flush()

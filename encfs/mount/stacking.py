@@ -76,6 +76,21 @@ def choose_shape(
     return Shape(stack, lambda read: LayersTree(open_readers(read, sizes)), recipe)
 
 
+def choose_container_shape(volumes: Sequence[Volume], options: MountOptions, *, proven: bool) -> Shape:
+    """What is served to a container, which stacks layers in namespaces of its own, where it may do that.
+
+    Raises: UnsupportedError; MountError where what is asked for needs privileges that are missing.
+    """
+    privileged = may_mount()
+    backend = _backend(options, privileged=privileged, proven=proven)
+    stack = VolumeStack(volumes)
+    sizes = [volume.size for volume in volumes]
+    recipe = Recipe(parts=len(volumes), backend=backend, overlay=True, writable=True, in_user_namespace=not privileged)
+    if backend == "erofs":
+        return Shape(stack, lambda _: FilesTree(sizes), recipe)
+    return Shape(stack, lambda read: LayersTree(open_readers(read, sizes), user=not privileged), recipe)
+
+
 def _backend(options: MountOptions, *, privileged: bool, proven: bool) -> Backend:
     if options.backend == "fuse":
         return "fuse"

@@ -78,6 +78,7 @@ def test_every_command_of_the_issue_is_there() -> None:
             "encfs " + name
             for name in (
                 "mount",
+                "run",
                 "umount",
                 "status",
                 "cat",
