@@ -75,8 +75,12 @@ class EvidencePolicy:
     #: TPM: enrolled attestation keys, SubjectPublicKeyInfo in DER. Quotes need one; it must be a restricted key.
     attestation_keys: tuple[bytes, ...] = ()
 
-    #: Tokens: who may have issued them (`iss`). Tokens are not verified yet; no other evidence meets this.
+    #: Tokens: who may have issued them (`iss`); no other evidence meets this.
     issuers: tuple[str, ...] = ()
+    #: Tokens: keys that may have signed them (SubjectPublicKeyInfo, DER), and authorities (certificates, DER) that may
+    #: have issued the certificate in their `x5c`. One of both is needed.
+    token_keys: tuple[bytes, ...] = ()
+    token_authorities: tuple[bytes, ...] = ()
 
     #: Values that claims of the verdict must have, by name, where no field above is about them.
     claims: Mapping[str, tuple[str | int | bool, ...]] = field(default_factory=dict)

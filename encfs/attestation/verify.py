@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from encfs.attestation import azure, dcap, sample, snp, tpmquote
+from encfs.attestation import azure, dcap, ear, maa, sample, snp, tpmquote
 from encfs.attestation.evidence import Endorsements, Evidence, EvidenceKind
 from encfs.attestation.findings import Findings
 from encfs.attestation.parsing import parse_evidence, recognise
@@ -66,7 +66,9 @@ def _check(
         case EvidenceKind.AZURE_SNP_VTPM | EvidenceKind.AZURE_TDX_VTPM:
             parts = azure.parse_azure_evidence(evidence.kind, evidence.content)
             azure.check_azure(findings, parts, endorsements, policy, now)
+        case EvidenceKind.MAA:
+            maa.check_maa(findings, evidence.content, policy, now)
+        case EvidenceKind.EAR:
+            ear.check_ear(findings, evidence.content, policy, now)
         case EvidenceKind.SAMPLE:
             sample.check_sample(findings, evidence.content, policy)
-        case _:
-            findings.refuse(Code.UNSUPPORTED, f"evidence of the kind {evidence.kind} is not supported")

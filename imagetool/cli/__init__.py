@@ -5,7 +5,21 @@ from __future__ import annotations
 from typing import NoReturn
 
 from encfs import commandline
-from imagetool.cli import copy, decrypt, encrypt, inspect, keygen, ls, ocicrypt, pull, push, recipients, sign, verify
+from imagetool.cli import (
+    attest,
+    copy,
+    decrypt,
+    encrypt,
+    inspect,
+    keygen,
+    ls,
+    ocicrypt,
+    pull,
+    push,
+    recipients,
+    sign,
+    verify,
+)
 
 PROGRAM = "imagetool"
 
@@ -16,6 +30,7 @@ app.add_typer(recipients.app)
 for _module in (sign, copy, push, pull):
     commandline.add_module(app, _module)
 app.add_typer(ocicrypt.app)
+app.add_typer(attest.app)
 
 
 def main() -> NoReturn:

@@ -72,6 +72,7 @@ def test_every_command_of_the_issue_is_there() -> None:
             for name in ("keygen", "encrypt", "decrypt", "inspect", "ls", "verify", "sign", "copy", "push", "pull")
         ),
         *("imagetool recipients " + name for name in ("list", "add", "remove")),
+        "imagetool attest verify",
         *("imagetool ocicrypt " + name for name in ("encrypt", "decrypt")),
         *("imagetool ocicrypt recipients " + name for name in ("list", "add", "remove")),
         *(
