@@ -28,6 +28,7 @@ demo: $(STAMP)  ## Encrypt, search, mount, load and tamper with a model made on 
 
 test: $(STAMP)  ## Run all tests
 	scripts/install-packages test
+	@scripts/build-test-registry >/dev/null || echo "without it, the tests that need it are skipped"
 	$(BIN)/python -m pytest --numprocesses auto --quiet
 
 lint: $(STAMP)  ## Check style and types

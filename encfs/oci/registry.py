@@ -13,7 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rfc8785 import dumps as canonical_json
@@ -257,7 +257,8 @@ class Registry:
 
     def _add_tagged_referrer(self, content: bytes, descriptor: Descriptor) -> None:
         """Keep the list of referrers where the registry does not ("Pushing Manifests with Subject")."""
-        subject = loads_object(content, limit=MAX_MANIFEST_SIZE, what="manifest").get("subject")
+        manifest = loads_object(content, limit=MAX_MANIFEST_SIZE, what="manifest")
+        subject = manifest.get("subject")
         if not isinstance(subject, dict):
             return
         digest = subject.get("digest")
@@ -265,6 +266,7 @@ class Registry:
         listed = self._tagged_referrers(str(digest))
         if any(item.digest == descriptor.digest for item in listed):
             return
+        descriptor = replace(descriptor, artifact_type=descriptor.artifact_type or _artifact_type(manifest))
         manifests = [_descriptor_document(item) for item in (*listed, descriptor)]
         index = canonical_json({"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": manifests})
         name = str(digest).replace(":", "-")
@@ -415,7 +417,9 @@ class SpooledWriter:
 
 def parse_index(content: bytes) -> list[Descriptor]:
     """The descriptors of an untrusted image index, at most 1,024. Raises: FormatError."""
-    entries = loads_object(content, limit=MAX_MANIFEST_SIZE, what="image index").get("manifests")
+    index = loads_object(content, limit=MAX_MANIFEST_SIZE, what="image index")
+    # Registries that are written in Go have null for an empty list.
+    entries = [] if "manifests" in index and index["manifests"] is None else index.get("manifests")
     if not isinstance(entries, list):
         raise FormatError("the image index has no list of manifests")
     return [_parse_descriptor(item) for item in entries[:_MAX_REFERRERS]]
@@ -433,6 +437,13 @@ def _parse_descriptor(value: object) -> Descriptor:
         raise FormatError("an entry of the image index has odd annotations or an odd artifact type")
     strings = {name: text for name, text in annotations.items() if isinstance(text, str)}
     return Descriptor(media_type, str(value["digest"]), size, artifact_type, strings)
+
+
+def _artifact_type(manifest: dict[str, Any]) -> str | None:
+    """What a manifest says it is, as lists of referrers have it (distribution-spec, "Listing Referrers")."""
+    config = manifest.get("config")
+    stated = manifest.get("artifactType") or (config.get("mediaType") if isinstance(config, dict) else None)
+    return stated if isinstance(stated, str) else None
 
 
 def _descriptor_document(descriptor: Descriptor) -> dict[str, Any]:

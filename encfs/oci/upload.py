@@ -13,7 +13,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 import requests
 
-from encfs.errors import AuthenticationError, EncfsError, IntegrityError, TransportError
+from encfs.errors import AuthenticationError, EncfsError, IntegrityError, NotFoundError, TransportError
 from encfs.oci.blobs import Descriptor
 from encfs.oci.client import Client
 from encfs.oci.http import Body, resolve, status_error
@@ -175,7 +175,8 @@ class _Upload:
         url = self._client.url("blobs", "uploads/")
         response: requests.Response | None = None
         if mount_from:
-            with contextlib.suppress(AuthenticationError):  # it may be forbidden to read there
+            # It may be forbidden to read there, and some registries say "not found" instead of beginning an upload.
+            with contextlib.suppress(AuthenticationError, NotFoundError):
                 response = self._begin(f"{url}?mount={self._descriptor.digest}&from={quote(mount_from, safe='')}")
         response = response or self._begin(url)
         if response.status_code == 201:

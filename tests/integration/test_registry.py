@@ -1,4 +1,4 @@
-"""The registry client against a real distribution server: blobs, manifests, copies, mounts, referrers, memory."""
+"""The registry client against two real implementations: blobs, manifests, copies, mounts, referrers, memory."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ from encfs.oci.reference import parse_reference
 from encfs.oci.registry import INDEX_TYPE, Registry
 from encfs.oci.transfer import copy_blobs
 from encfs.progress import NoProgress
-from tests.support.registry import DockerRegistry, Fault, FaultProxy, free_port
+from tests.support.registry import Fault, FaultProxy, Server, free_port
 from tests.support.remote import (
     MANIFEST,
     SEGMENT,
     connected,
     describe,
-    needs_docker_registry,
+    needs_registries,
     put_image,
     randomness,
-    running,
+    started,
 )
 
-pytestmark = needs_docker_registry
+pytestmark = needs_registries
 
 MIB = 1 << 20
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DockerRegistry]:
-    with running(tmp_path_factory.mktemp("registry"), delete=True) as server:
+@pytest.fixture(scope="module", params=["docker-registry", "ociserver"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with started(request.param, tmp_path_factory.mktemp("registry")) as server:
         yield server
 
 
 @pytest.fixture
-def proxy(server: DockerRegistry) -> Iterator[FaultProxy]:
+def proxy(server: Server) -> Iterator[FaultProxy]:
     proxy = FaultProxy(server.host)
     yield proxy
     proxy.close()
@@ -64,7 +64,7 @@ def whole(content: bytes) -> object:
 # -- single blobs and manifests
 
 
-def test_blob_and_manifest_come_back(server: DockerRegistry) -> None:
+def test_blob_and_manifest_come_back(server: Server) -> None:
     content = randomness(3 * MIB + 17, 1)
     with connected(server.host, "basic") as registry:
         writer = registry.create_blob()
@@ -89,14 +89,14 @@ def test_blob_and_manifest_come_back(server: DockerRegistry) -> None:
         assert registry.manifest().digest == manifest.digest
 
 
-def test_empty_blob(server: DockerRegistry) -> None:
+def test_empty_blob(server: Server) -> None:
     with connected(server.host, "empty") as registry:
         blob = registry.write_blob(b"", SEGMENT)
         assert registry.read_blob(blob, limit=0) == b""
         assert registry.has_blob(blob)
 
 
-def test_what_is_not_there(server: DockerRegistry) -> None:
+def test_what_is_not_there(server: Server) -> None:
     absent = describe(b"absent")
     with connected(server.host, "nothing") as registry:
         assert not registry.has_blob(absent)
@@ -117,7 +117,7 @@ def test_what_is_not_there(server: DockerRegistry) -> None:
             registry.manifest("../x")
 
 
-def test_blob_of_another_size_than_described(server: DockerRegistry) -> None:
+def test_blob_of_another_size_than_described(server: Server) -> None:
     with connected(server.host, "sizes") as registry:
         blob = registry.write_blob(b"ten bytes!", SEGMENT)
         for size in (9, 11):
@@ -131,7 +131,7 @@ def test_blob_of_another_size_than_described(server: DockerRegistry) -> None:
             registry.open_blob(blob).read_into(8, memoryview(bytearray(3)))
 
 
-def test_an_index_is_not_followed(server: DockerRegistry) -> None:
+def test_an_index_is_not_followed(server: Server) -> None:
     with connected(server.host, "index") as registry:
         index = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": []}
         registry.put_manifest(json.dumps(index).encode(), INDEX_TYPE)
@@ -139,7 +139,7 @@ def test_an_index_is_not_followed(server: DockerRegistry) -> None:
             registry.manifest()
 
 
-def test_removing_and_aborting(server: DockerRegistry, tmp_path: Path) -> None:
+def test_removing_and_aborting(server: Server, tmp_path: Path) -> None:
     with connected(server.host, "removed", spool_dir=str(tmp_path)) as registry:
         blob = registry.write_blob(b"content", SEGMENT)
         registry.remove_blob(blob)
@@ -159,7 +159,7 @@ def test_removing_and_aborting(server: DockerRegistry, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_spool_directory_is_named(server: DockerRegistry, tmp_path: Path) -> None:
+def test_wrong_spool_directory_is_named(server: Server, tmp_path: Path) -> None:
     with (
         connected(server.host, spool_dir=str(tmp_path / "absent")) as registry,
         pytest.raises(Exception, match="absent"),
@@ -198,7 +198,7 @@ def test_uploads_in_the_background_fail_where_they_are_waited_for(proxy: FaultPr
             put_image(registry, [])
 
 
-def test_source_that_lies_or_fails_is_named_as_the_culprit(server: DockerRegistry) -> None:
+def test_source_that_lies_or_fails_is_named_as_the_culprit(server: Server) -> None:
     content = randomness(6 * MIB, 3)
     blob = describe(content)
 
@@ -220,7 +220,7 @@ def test_source_that_lies_or_fails_is_named_as_the_culprit(server: DockerRegistr
 # -- copies between stores
 
 
-def test_artifact_goes_from_layout_to_registry_to_layout(server: DockerRegistry, tmp_path: Path) -> None:
+def test_artifact_goes_from_layout_to_registry_to_layout(server: Server, tmp_path: Path) -> None:
     first = Layout(tmp_path / "first", create=True)
     contents = [randomness(size, size) for size in (9 * MIB, 100_000, 1)]
     blobs = [first.write_blob(content, SEGMENT) for content in contents]
@@ -258,8 +258,8 @@ def test_blobs_are_mounted_from_a_neighbouring_repository(proxy: FaultProxy) -> 
 # -- referrers
 
 
-def test_referrers_by_tag(server: DockerRegistry) -> None:
-    """docker-registry 2.8 has no referrers API."""
+def test_referrers(server: Server) -> None:
+    """By the API where there is one; docker-registry 2.8 has none, and the list is kept under a tag."""
     with connected(server.host, "referrers") as registry:
         subject = put_image(registry, [], seed=1)
         assert registry.referrers(subject.digest) == []
@@ -267,8 +267,10 @@ def test_referrers_by_tag(server: DockerRegistry) -> None:
         for seed in (2, 3, 3):
             put_image(registry, [], seed=seed, subject=reference)
         found = registry.referrers(subject.digest)
-        assert len(found) == 2
-        assert len({item.digest for item in found}) == 2
+        assert {item.artifact_type for item in found} == {"application/vnd.encfs.artifact.v1"}
+        assert registry.referrers(subject.digest, "application/vnd.encfs.artifact.v1") == found
+        assert registry.referrers(subject.digest, "text/plain") == []
+        assert len({item.digest for item in found}) == len(found) == 2
 
 
 def test_referrers_by_api_over_pages(proxy: FaultProxy) -> None:
@@ -301,7 +303,7 @@ def test_referrers_by_api_over_pages(proxy: FaultProxy) -> None:
 # -- concurrency, memory, time
 
 
-def test_many_threads_share_a_registry(server: DockerRegistry) -> None:
+def test_many_threads_share_a_registry(server: Server) -> None:
     content = randomness(4 * MIB, 6)
     failures: list[BaseException] = []
     with connected(server.host, "threads") as registry:
@@ -326,7 +328,7 @@ def test_many_threads_share_a_registry(server: DockerRegistry) -> None:
     assert not failures
 
 
-def test_memory_does_not_grow_with_the_blob(server: DockerRegistry, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_blob(server: Server, tmp_path: Path) -> None:
     """A blob of 400 MiB is pushed from a spool, pulled, and copied, by a process of at most 200 MiB."""
     program = f"""
 from encfs.oci.layout import Layout

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ import pytest
 
 from encfs.errors import IntegrityError, NotFoundError, TransportError, UnsignedError, UsageError
 from tests.support.documented import assert_as_documented
-from tests.support.registry import DockerRegistry, Fault, FaultProxy
-from tests.support.remote import needs_docker_registry, running
+from tests.support.registry import DockerRegistry, Fault, FaultProxy, Server
+from tests.support.remote import needs_registries, running, started
 
-pytestmark = needs_docker_registry
+pytestmark = needs_registries
 
 MIB = 1 << 20
 
@@ -27,6 +28,12 @@ MIB = 1 << 20
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DockerRegistry]:
     with running(tmp_path_factory.mktemp("registry"), delete=True) as server:
+        yield server
+
+
+@pytest.fixture(scope="module", params=["docker-registry", "ociserver"])
+def any_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with started(request.param, tmp_path_factory.mktemp("any")) as server:
         yield server
 
 
@@ -72,7 +79,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "model/weights").write_bytes(os.urandom(40 * MIB))
     (place / "model/config.json").write_text("{}\n")
     run(place, "imagetool", "keygen", "-o", "alice.jwk")
-    run(place, "imagetool", "keygen", "-o", "owner.jwk", "--type", "ed25519")
+    run(place, "imagetool", "keygen", "-o", "bob.jwk")
+    for name in ("owner", "auditor"):
+        run(place, "imagetool", "keygen", "-o", f"{name}.jwk", "--type", "ed25519")
     encrypt(place, "oci:store:v1")
     return place
 
@@ -87,7 +96,13 @@ OPEN = ["-k", "alice.jwk", *TRUST]
 PLAIN = "--plain-http"
 
 
-def test_copies_in_all_directions_keep_the_digest(place: Path, server: DockerRegistry, proxy: FaultProxy) -> None:
+def test_copies_in_all_directions_keep_the_digest(place: Path, any_server: Server, tmp_path: Path) -> None:
+    server = any_server
+    with closing(FaultProxy(server.host)) as proxy:
+        copies_in_all_directions(place, server, proxy, tmp_path)
+
+
+def copies_in_all_directions(place: Path, server: Server, proxy: FaultProxy, layouts: Path) -> None:
     first, second = f"docker://{server.host}/dirs/a:v1", f"docker://{server.host}/dirs/b:v1"
     pushed = answer(place, "push", "oci:store:v1", first, PLAIN)
     digest = pushed["manifest_digest"]
@@ -101,14 +116,14 @@ def test_copies_in_all_directions_keep_the_digest(place: Path, server: DockerReg
     assert not proxy.requests("^PATCH ")
     assert len(proxy.requests("^POST .*mount=sha256")) == pushed["blobs_copied"]
     assert answer(place, "copy", first, second, PLAIN)["manifest_digest"] == digest
-    pulled = answer(place, "pull", second, "oci:pulled:v1", PLAIN)
+    pulled = answer(place, "pull", second, f"oci:{layouts}/pulled:v1", PLAIN)
     assert pulled["manifest_digest"] == digest
-    assert answer(place, "copy", "oci:pulled:v1", "oci:again:v1")["manifest_digest"] == digest
-    assert run(place, "imagetool", "verify", "oci:again:v1", *TRUST)
+    assert answer(place, "copy", f"oci:{layouts}/pulled:v1", f"oci:{layouts}/again:v1")["manifest_digest"] == digest
+    assert run(place, "imagetool", "verify", f"oci:{layouts}/again:v1", *TRUST)
 
 
-def test_encrypt_straight_to_the_registry_and_read_it(place: Path, server: DockerRegistry) -> None:
-    reference = f"docker://{server.host}/straight:v1"
+def test_encrypt_straight_to_the_registry_and_read_it(place: Path, any_server: Server, tmp_path: Path) -> None:
+    reference = f"docker://{any_server.host}/straight:v1"
     made = encrypt(place, reference, PLAIN)
     inspected = answer(place, "inspect", reference, PLAIN)
     assert inspected["content_digest"] == made["content_digest"]
@@ -117,8 +132,8 @@ def test_encrypt_straight_to_the_registry_and_read_it(place: Path, server: Docke
     for program in ("encfs", "imagetool"):
         assert "weights" in run(place, program, "ls", reference, PLAIN, *OPEN)
     assert run(place, "encfs", "cat", reference, "config.json", PLAIN, *OPEN) == "{}\n"
-    run(place, "encfs", "extract", reference, "out", PLAIN, *OPEN)
-    assert (place / "out/weights").read_bytes() == (place / "model/weights").read_bytes()
+    run(place, "encfs", "extract", reference, str(tmp_path / "out"), PLAIN, *OPEN)
+    assert (tmp_path / "out/weights").read_bytes() == (place / "model/weights").read_bytes()
     assert not [item for item in place.iterdir() if item.name.startswith(".encfs")], "nothing stays in the spool"
 
 
@@ -157,11 +172,9 @@ def test_pulled_into_the_cache_it_is_read_without_the_registry(place: Path, tmp_
     run(place, "encfs", "cat", reference, "config.json", PLAIN, *OPEN, *few, "--cache-size", "0", code=50)
 
 
-def test_changes_in_the_registry_want_trust(place: Path, server: DockerRegistry) -> None:
-    reference = f"docker://{server.host}/changes:v1"
+def test_changes_in_the_registry_want_trust(place: Path, any_server: Server) -> None:
+    reference = f"docker://{any_server.host}/changes:v1"
     run(place, "imagetool", "push", "oci:store:v1", reference, PLAIN)
-    run(place, "imagetool", "keygen", "-o", "bob.jwk")
-    run(place, "imagetool", "keygen", "-o", "auditor.jwk", "--type", "ed25519")
     refused = UnsignedError.exit_code
     run(place, "imagetool", "sign", reference, PLAIN, "--key", "auditor.jwk", code=refused)
     run(place, "imagetool", "recipients", "add", reference, PLAIN, "-r", "bob.jwk.pub", "-k", "alice.jwk", code=refused)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from encfs.format.suite import SUITES
-from encfs.format.writer import VolumeOptions
+from encfs.format.writer import DEFAULT_SEGMENT_SIZE, VolumeOptions
 from encfs.keys.files import write_key_files
 from encfs.keys.jwk import PrivateKey, PublicKey, generate_key
 from encfs.oci.blobs import BlobSink
@@ -65,10 +65,11 @@ def encrypt_tree(
     hash_name: str = "blake3",
     frame_size: int = 65536,
     compress: bool = False,
+    segment_size: int = DEFAULT_SEGMENT_SIZE,
     signed: bool = True,
 ) -> EncryptResult:
     """Encrypt for `keys`, signed unless asked not to."""
-    volume = VolumeOptions(suite=SUITES[hash_name], frame_size=frame_size, compress=compress)
+    volume = VolumeOptions(suite=SUITES[hash_name], frame_size=frame_size, compress=compress, segment_size=segment_size)
     return encrypt(
         source,
         sink,

@@ -1,4 +1,4 @@
-"""Real registries for tests, and a proxy in front of them that does what networks and bad registries do.
+"""Real registries of two kinds for tests, and a proxy in front of them that does what networks and bad registries do.
 
 `DockerRegistry` is Debian's docker-registry on a free loopback port, optionally with TLS, a client certificate, basic
 or token authentication. `FaultProxy` forwards to it and applies faults on the way. Nothing here talks beyond loopback.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import datetime
+import functools
 import http.client
 import json
 import os
@@ -117,11 +118,64 @@ def _certificate(
     return builder.sign(issuer_key, hashes.SHA256())
 
 
-# -- docker-registry
+# -- registries
 
 
-class DockerRegistry:
-    """A running docker-registry with its storage in a directory; `stop` and `start` as often as needed."""
+class Server:
+    """A registry in a process of its own, with its log in a directory; `stop` and `start` as often as needed."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        self.port = free_port()
+        self.host = f"127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def command(self) -> list[str]:
+        raise NotImplementedError
+
+    def start(self) -> None:
+        command = self.command()
+        log = open(self.directory / "log", "ab")  # noqa: SIM115 - the process has it
+        with log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env={"PATH": os.environ["PATH"]})
+        deadline = time.monotonic() + 20
+        while True:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+                return
+            assert self._process.poll() is None, (self.directory / "log").read_text()
+            assert time.monotonic() < deadline, f"{command[0]} does not listen"
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(10)
+            self._process = None
+
+
+class OciServer(Server):
+    """tests/registries/ociserver: another implementation, of OCI 1.1, in memory: stopped, it forgets everything."""
+
+    def __init__(self, directory: Path, *, tls: tuple[Path, Path] | None = None) -> None:
+        """`tls`: files of a certificate and its key."""
+        super().__init__(directory)
+        self._options = [] if tls is None else ["-certificate", str(tls[0]), "-key", str(tls[1])]
+        self.start()
+
+    def command(self) -> list[str]:
+        return [self.program(), "-address", self.host, *self._options]
+
+    @staticmethod
+    @functools.cache
+    def program() -> str:
+        """Its path, built if need be."""
+        script = Path(__file__).parents[2] / "scripts/build-test-registry"
+        return subprocess.run([script], check=True, stdout=subprocess.PIPE, text=True, timeout=280).stdout.strip()
+
+
+class DockerRegistry(Server):
+    """Debian's docker-registry with its storage in a directory."""
 
     def __init__(
         self,
@@ -135,11 +189,7 @@ class DockerRegistry:
         proxy_of: str = "",
     ) -> None:
         """`proxy_of`: the URL of the registry whose pull-through cache it is."""
-        directory.mkdir(parents=True, exist_ok=True)
-        self.directory = directory
-        self.port = free_port()
-        self.host = f"127.0.0.1:{self.port}"
-        self._process: subprocess.Popen[bytes] | None = None
+        super().__init__(directory)
         http_section: dict[str, object] = {"addr": self.host, "secret": "a secret of the tests"}
         if tls is not None:
             certificate, key = tls.issue("server")
@@ -173,26 +223,9 @@ class DockerRegistry:
         self._config.write_text(json.dumps(config))  # JSON is YAML
         self.start()
 
-    def start(self) -> None:
+    def command(self) -> list[str]:
         assert DOCKER_REGISTRY is not None
-        log = open(self.directory / "log", "ab")  # noqa: SIM115 - the process has it
-        with log:
-            self._process = subprocess.Popen(
-                [DOCKER_REGISTRY, "serve", str(self._config)], stdout=log, stderr=log, env={"PATH": os.environ["PATH"]}
-            )
-        deadline = time.monotonic() + 20
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
-                return
-            assert self._process.poll() is None, (self.directory / "log").read_text()
-            assert time.monotonic() < deadline, "docker-registry does not listen"
-            time.sleep(0.02)
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait(10)
-            self._process = None
+        return [DOCKER_REGISTRY, "serve", str(self._config)]
 
     def blob_file(self, digest: str) -> Path:
         """Where it keeps a blob."""

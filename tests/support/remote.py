@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +16,18 @@ from encfs.oci.blobs import BlobSink, Descriptor
 from encfs.oci.options import StoreOptions
 from encfs.oci.reference import parse_reference
 from encfs.oci.registry import Registry
-from tests.support.registry import DOCKER_REGISTRY, DockerRegistry
+from tests.support.registry import DOCKER_REGISTRY, DockerRegistry, OciServer, Server
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 SEGMENT = "application/vnd.encfs.segment.v1"
 
+#: For registries without TLS.
+PLAIN = StoreOptions(plain_http=True, io_timeout=10.0)
+
+needs_registries = pytest.mark.skipif(
+    DOCKER_REGISTRY is None or shutil.which("go") is None,
+    reason="docker-registry, or Go to build the second registry of the tests, is not installed",
+)
 needs_docker_registry = pytest.mark.skipif(DOCKER_REGISTRY is None, reason="docker-registry is not installed")
 
 
@@ -49,6 +57,16 @@ def running(directory: Path, **options: object) -> Iterator[DockerRegistry]:
         yield registry
     finally:
         registry.stop()
+
+
+@contextmanager
+def started(kind: str, directory: Path) -> Iterator[Server]:
+    """A registry of one of two kinds, which both let blobs be deleted."""
+    server = OciServer(directory) if kind == "ociserver" else DockerRegistry(directory, delete=True)
+    try:
+        yield server
+    finally:
+        server.stop()
 
 
 def put_image(sink: BlobSink, blobs: list[Descriptor], *, seed: int = 0, **extra: object) -> Descriptor:
