@@ -37,7 +37,7 @@ class Recipe:
 
     `backend` `erofs`: the FUSE mount holds images (`FilesTree`), which the kernel's EROFS mounts; `fuse`: it holds
     directories (`LayersTree`). What is written goes to `upper`, a directory on this machine, or with None to memory.
-    `in_user_namespace` has overlayfs read attributes that need no privilege.
+    `in_user_namespace` has overlayfs read attributes that need no privilege; `loop` uses loop devices in any case.
     """
 
     parts: int
@@ -134,34 +134,37 @@ def assemble(fuse: int, recipe: Recipe, scratch: str) -> Assembled:
         os.mkdir(name, 0o755)
     kernel.attach(fuse, _FUSE)
     devices = [os.stat(_FUSE).st_dev]
+    named = True
     if recipe.backend == "erofs":
-        devices += _mount_images(recipe)
-    if not recipe.overlay:
+        below, named = _mount_images(recipe)
+        devices += below
+    # A mount from a loop device does not show whose it is: overlayfs over it does.
+    if not recipe.overlay and named:
         return Assembled(kernel.clone_mount(f"{_EROFS}/0"), tuple(devices))
     _mount_overlay(recipe)
     return Assembled(kernel.clone_mount(_RESULT), tuple(devices))
 
 
-def _mount_images(recipe: Recipe) -> list[int]:
-    """The kernel's EROFS over each image; the `st_dev` of each."""
+def _mount_images(recipe: Recipe) -> tuple[list[int], bool]:
+    """The kernel's EROFS over each image; the `st_dev` of each, and whether none needed a loop device."""
     # Where an image is what comes out, its mount has the attributes that were asked for.
     flags = recipe.flags() if not recipe.overlay else kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV
-    devices = []
+    devices, named = [], True
     for index in range(recipe.parts):
         place = f"{_EROFS}/{index}"
         os.mkdir(place, 0o755)
         image = FilesTree.PREFIX.decode() + str(index)
         os.chdir(_FUSE)
         try:
-            _mount_image(image, f"../{place}", flags | kernel.MS_RDONLY, loop=recipe.loop)
+            named &= _mount_image(image, f"../{place}", flags | kernel.MS_RDONLY, loop=recipe.loop)
         finally:
             os.chdir("..")
         devices.append(os.stat(place).st_dev)
-    return devices
+    return devices, named
 
 
-def _mount_image(image: str, place: str, flags: int, *, loop: bool) -> None:
-    """From the file itself, which kernels can from 6.12 on; otherwise through a loop device."""
+def _mount_image(image: str, place: str, flags: int, *, loop: bool) -> bool:
+    """From the file itself, which kernels can from 6.12 on: True; otherwise through a loop device."""
     if not loop:
         try:
             kernel.mount(image, place, "erofs", flags, "")
@@ -169,11 +172,12 @@ def _mount_image(image: str, place: str, flags: int, *, loop: bool) -> None:
             if error.errno != errno.ENOTBLK:
                 raise
         else:
-            return
+            return True
     from encfs.mount.loop import attached
 
     with attached(image) as device:
         kernel.mount(device, place, "erofs", flags, "")
+    return False
 
 
 def _mount_overlay(recipe: Recipe) -> None:

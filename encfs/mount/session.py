@@ -180,7 +180,9 @@ class Session:
             self._error = self._failures.last or MountError(f"the mount at {place} does not answer: {reason}")
             self.stop()
             return
-        read_ahead = min(raise_read_ahead(one, self._plan.options.max_read_ahead) for one in below or (device,))
+        sizes = [raise_read_ahead(one, self._plan.options.max_read_ahead) for one in below or (device,)]
+        # Of EROFS from a file it is not known: what counts there is that of the FUSE mount below.
+        read_ahead = min((size for size in sizes if size), default=0)
         self._base = replace(self._base, read_ahead=read_ahead)
         # What has lived until now lives to the end: the collector need not look at it again.
         gc.collect()

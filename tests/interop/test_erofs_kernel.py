@@ -1,11 +1,13 @@
-"""Images before the judges: the kernel's EROFS through a loop device, and the official tools."""
+"""Images before the judges: the kernel's EROFS, from a file and from a daemon, and the official tools."""
 
 from __future__ import annotations
 
 import os
+import signal
 import stat
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from encfs.erofs.writer import Entry, ErofsWriter
+from encfs.mount import mounts
+from encfs.mount.mountpoint import top_mount
 from imagetool.sources.directory import SourceOptions, add_source
 from tests.support.images import TEST_UUID, FileSink, Item, fsck, kernel_mount, open_image, write_image
+from tests.support.mounts import detach_all, end_mount, mounted, runtime_directory, start_mount, wait_for_end
 from tests.support.random_trees import expected_nodes, trees
 from tests.support.trees import Scope, assert_same, make_odd_tree, scan_image, scan_tree
 
@@ -217,3 +222,84 @@ def test_kernel_knows_the_uuid_and_the_counts(tmp_path: Path) -> None:
         assert os.stat(mount).st_ino == 1
     printed = subprocess.run(["dump.erofs", "-s", str(tmp_path / "image")], capture_output=True, text=True, check=True)
     assert "00010203-0405-0607-0809-0a0b0c0d0e0f" in printed.stdout
+
+
+@pytest.fixture(scope="module")
+def odd_image(odd_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    image = tmp_path_factory.mktemp("kernel") / "image"
+    with FileSink(image) as sink, ErofsWriter(sink, uuid=TEST_UUID) as writer:
+        add_source(odd_tree, writer, SourceOptions(), lambda size: None)
+        writer.finish()
+    return image
+
+
+@pytest.mark.fuse
+@pytest.mark.parametrize("options", [[], ["--loop"], ["--cold"]], ids=["file", "loop", "cold"])
+def test_the_kernel_reads_what_a_daemon_serves(
+    odd_tree: Path, odd_image: Path, tmp_path: Path, options: list[str]
+) -> None:
+    with mounted(odd_image, tmp_path / "mount", tmp_path / "run", "--backend", "erofs", "--dev", *options) as status:
+        assert status.backend == "erofs"
+        assert status.read_ahead == 1 << 20
+        mount = top_mount(str(tmp_path / "mount"))
+        assert mount is not None
+        assert mount.filesystem_type == ("overlay" if options == ["--loop"] else "erofs")
+        expected = scan_tree(odd_tree)
+        if options == ["--loop"]:
+            # overlayfs takes it for a whiteout.
+            expected = {path: node for path, node in expected.items() if node.rdev or not stat.S_ISCHR(node.mode)}
+        assert_same(expected, scan_tree(tmp_path / "mount"))
+        used = _loop_devices()
+        assert bool(used) is (options == ["--loop"])
+        end_mount(tmp_path / "run", tmp_path / "mount")
+    assert not used & _loop_devices()
+
+
+@pytest.mark.fuse
+@pytest.mark.parametrize("options", [[], ["--loop"]], ids=["file", "loop"])
+def test_a_killed_daemon_leaves_no_loop_device(odd_image: Path, tmp_path: Path, options: list[str]) -> None:
+    (tmp_path / "mount").mkdir()
+    status = start_mount(odd_image, tmp_path / "mount", tmp_path / "run", "--backend", "erofs", *options)
+    try:
+        used = _loop_devices()
+        os.kill(status.pid, signal.SIGKILL)
+        assert wait_for_end(status.pid)
+        with runtime_directory(tmp_path / "run"):
+            assert [one.state for one in mounts() if one.mountpoint == str(tmp_path / "mount")] == ["dead"]
+        end_mount(tmp_path / "run", tmp_path / "mount")
+        deadline = time.monotonic() + 10
+        while used & _loop_devices() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not used & _loop_devices()
+        assert list((tmp_path / "run").iterdir()) == []
+    finally:
+        detach_all(tmp_path / "mount")
+
+
+@pytest.mark.fuse
+def test_what_does_not_verify_is_an_input_error_of_the_kernel(tmp_path: Path) -> None:
+    """Contents, and a directory: the kernel gets neither zeros nor other bytes."""
+    items: list[Item] = [(Entry(b"", DIRECTORY), b""), (Entry(b"good", FILE, size=4), b"good")]
+    items.append((Entry(b"large", FILE, size=1 << 20), b"x" * (1 << 20)))
+    items += [(Entry(b"d", DIRECTORY), b"")]
+    items += [(Entry(b"d/%04d" % index, FILE, size=0), b"") for index in range(3000)]
+    image = tmp_path / "image"
+    write_image(image, items)
+    with open_image(image) as reader:
+        ((large, length),) = reader.extents(reader.resolve(b"large"), 0, 1 << 20)
+        ((names, size),) = reader.extents(reader.resolve(b"d"), 0, 1 << 20)
+    broken = [f"--broken={large + length // 2}-{large + length}", f"--broken={names}-{names + size}"]
+    with mounted(image, tmp_path / "mount", tmp_path / "run", "--backend", "erofs", *broken):
+        assert (tmp_path / "mount" / "good").read_bytes() == b"good"
+        with open(tmp_path / "mount" / "large", "rb") as file, pytest.raises(OSError, match="Input/output error"):
+            os.pread(file.fileno(), 4096, length - 4096)
+        with pytest.raises(OSError, match="Input/output error"):
+            os.listdir(tmp_path / "mount" / "d")
+        assert (tmp_path / "mount" / "good").read_bytes() == b"good"
+        end_mount(tmp_path / "run", tmp_path / "mount")
+
+
+def _loop_devices() -> set[str]:
+    """Those over an image of a daemon of ours."""
+    listed = subprocess.run(["losetup", "-l", "-n", "-O", "NAME,BACK-FILE"], capture_output=True, text=True, check=True)
+    return {line.split()[0] for line in listed.stdout.splitlines() if "encfs-0" in line}

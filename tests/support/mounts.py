@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -222,6 +222,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-default-permissions", action="store_true")
     parser.add_argument("--log-file", type=Path)
     parser.add_argument("--user", type=int)
+    parser.add_argument("--backend", choices=("fuse", "erofs", "auto"), default="fuse")
+    parser.add_argument("--loop", action="store_true")
     parser.add_argument("--ready-timeout", type=float, default=30.0)
     chosen = parser.parse_args(arguments)
     if chosen.user is not None:
@@ -240,14 +242,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             suid=chosen.suid,
             default_permissions=not chosen.no_default_permissions,
             log_file=chosen.log_file,
+            backend=chosen.backend,
         )
         volume = (
             artifact.volumes[0]
             if artifact
             else FileVolume(chosen.image, tuple(chosen.broken), tuple(chosen.crashing), chosen.cold, chosen.delay)
         )
+        shape = choose_shape([volume], options)
+        if chosen.loop and shape.recipe is not None:
+            shape = replace(shape, recipe=replace(shape.recipe, loop=True))
         mount(
-            choose_shape([volume], options),
+            shape,
             chosen.mountpoint,
             options,
             reference=f"path:{chosen.image}",
