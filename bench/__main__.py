@@ -14,6 +14,7 @@ from bench.contenders import KeyFiles
 from bench.encryption import measure_encryption, measure_memory
 from bench.environment import FULL, QUICK, Scale, Workspace, describe_machine, describe_versions, say
 from bench.filesystem import measure_file, measure_tree
+from bench.kernel import measure_kernel
 from bench.mounting import measure_mounting
 from bench.report import draw, markdown_table, write_json
 from bench.results import Comparison
@@ -24,6 +25,7 @@ _SUITES: Mapping[str, Callable[[Workspace, Scale, KeyFiles], Iterator[Comparison
     "encrypt": measure_encryption,
     "encrypt-memory": measure_memory,
     "mount": measure_mounting,
+    "kernel": measure_kernel,
 }
 _RESULTS = Path(__file__).parent / "results"
 

@@ -72,17 +72,28 @@ class Ours:
     stored: Path
     keys: KeyFiles
     usage: Usage
+    mount_options: Sequence[str] = ()
 
     @classmethod
-    def make(cls, name: str, source: Path, directory: Path, keys: KeyFiles, options: Sequence[str] = ()) -> Ours:
+    def make(
+        cls,
+        name: str,
+        source: Path,
+        directory: Path,
+        keys: KeyFiles,
+        options: Sequence[str] = (),
+        *,
+        mount_options: Sequence[str] = (),
+    ) -> Ours:
         stored = directory / f"{source.name}-{name.replace(' ', '-')}"
         say(f"encrypting {source.name} for {name}")
         usage = run_measured(encrypt_command(source, stored, keys, options))
-        return cls(name, stored, keys, usage)
+        return cls(name, stored, keys, usage, mount_options)
 
     @contextlib.contextmanager
     def mounted(self) -> Iterator[Mounted]:
-        with _foreground(lambda target: mount_command(self.stored, target, self.keys, ["--foreground"])) as mounted:
+        options = ["--foreground", *self.mount_options]
+        with _foreground(lambda target: mount_command(self.stored, target, self.keys, options)) as mounted:
             yield mounted
 
 
@@ -149,14 +160,15 @@ def _wait_for_mount(process: subprocess.Popen[bytes], target: Path, errors: obje
 
 def unmount(target: Path) -> None:
     """Unmount where something is mounted; the page cache of the mount goes with it."""
-    program = shutil.which("fusermount3") or tool("fusermount")
+    # What the kernel made of a FUSE mount only root can unmount, and fusermount3 does not.
+    command = [tool("umount")] if os.geteuid() == 0 else [shutil.which("fusermount3") or tool("fusermount"), "-u"]
     for _ in range(50):
         if not os.path.ismount(target):
             return
-        subprocess.run([program, "-u", str(target)], capture_output=True, check=False)
+        subprocess.run([*command, str(target)], capture_output=True, check=False)
         if os.path.ismount(target):
             time.sleep(0.1)
-    run([program, "-u", "-z", target])
+    run([*command, "-l" if os.geteuid() == 0 else "-z", target])
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
