@@ -95,6 +95,32 @@ def attest_message(
     }
 
 
+def parse_attest_message(message: Mapping[str, object], version: str) -> tuple[dict[str, str], object, str | None]:
+    """The session's public JWK as it came (what evidence is bound to), the evidence, and the nonce where it is there.
+
+    The counterpart of `attest_message` in an untrusted message. Raises: FormatError.
+    """
+    if version == FLAT_VERSION:
+        return _public_jwk(message.get("tee-pubkey")), message.get("tee-evidence"), None
+    if not isinstance(message.get("init-data"), dict | None):
+        raise FormatError("init-data is neither a JSON object nor null")
+    runtime, evidence = message.get("runtime-data"), message.get("tee-evidence")
+    if not isinstance(runtime, dict) or not isinstance(evidence, dict):
+        raise FormatError("runtime-data or tee-evidence is not a JSON object")
+    nonce = runtime.get("nonce")
+    if not isinstance(nonce, str) or len(nonce) > MAX_NONCE:
+        raise FormatError("runtime-data has no nonce")
+    if evidence.get("additional_evidence", "") != "":
+        raise FormatError("evidence of further devices is not supported")
+    return _public_jwk(runtime.get("tee-pubkey")), evidence.get("primary_evidence"), nonce
+
+
+def _public_jwk(members: object) -> dict[str, str]:
+    if not isinstance(members, dict) or not all(isinstance(value, str) for value in members.values()):
+        raise FormatError("tee-pubkey is not a JSON object of texts")
+    return dict(members)
+
+
 def error_document(kind: str, detail: str) -> dict[str, str]:
     """ErrorInformation of kbs-types."""
     return {"type": ERROR_PREFIX + kind, "detail": detail}

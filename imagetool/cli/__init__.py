@@ -7,6 +7,7 @@ from typing import NoReturn
 from encfs import commandline
 from imagetool.cli import (
     attest,
+    broker,
     copy,
     decrypt,
     encrypt,
@@ -31,6 +32,7 @@ for _module in (sign, copy, push, pull):
     commandline.add_module(app, _module)
 app.add_typer(ocicrypt.app)
 app.add_typer(attest.app)
+app.add_typer(broker.app)
 
 
 def main() -> NoReturn:

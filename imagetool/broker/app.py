@@ -1,0 +1,198 @@
+"""The broker over HTTP: routes, bodies within their bounds, errors in the protocol's form. What is done: `handlers.py`.
+
+POST /kbs/v0/auth, /kbs/v0/attest     GET /kbs/v0/resource/REPOSITORY/TYPE/TAG
+GET  /healthz (the process answers), /readyz (the database, too), /metrics (Prometheus)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import TypeVar
+
+import anyio
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from encfs.errors import EncfsError
+from encfs.kbs import protocol
+from encfs.kbs.protocol import error_document
+from imagetool.broker.handlers import Broker, Refusal
+from imagetool.broker.limits import RateLimiter
+from imagetool.broker.metrics import Metrics
+
+#: Seconds for a request's body to arrive.
+BODY_TIMEOUT = 10.0
+#: Seconds between deletions of expired sessions.
+_PURGE_INTERVAL = 5.0
+#: Requests that are worked on at the same time; the others wait.
+_THREADS = 16
+
+T = TypeVar("T")
+_Step = Callable[[Request], Awaitable[Response]]
+
+_logger = logging.getLogger(__name__)
+
+
+def make_app(broker: Broker, limiter: RateLimiter, metrics: Metrics, *, secure: bool) -> Starlette:
+    """`secure`: served over TLS, so that the session's cookie is marked accordingly."""
+    api = _Api(broker, limiter, metrics, secure=secure)
+    routes = [
+        Route(f"{protocol.PREFIX}/auth", api.step("auth", api.auth), methods=["POST"]),
+        Route(f"{protocol.PREFIX}/attest", api.step("attest", api.attest), methods=["POST"]),
+        Route(f"{protocol.PREFIX}/resource/{{path:path}}", api.step("resource", api.resource), methods=["GET"]),
+        Route("/healthz", api.health, methods=["GET"]),
+        Route("/readyz", api.readiness, methods=["GET"]),
+        Route("/metrics", api.exposition, methods=["GET"]),
+    ]
+    return Starlette(routes=routes, lifespan=api.lifespan, exception_handlers={HTTPException: _unknown})
+
+
+class _Api:
+    def __init__(self, broker: Broker, limiter: RateLimiter, metrics: Metrics, *, secure: bool) -> None:
+        self._broker, self._limiter, self._metrics = broker, limiter, metrics
+        self._attributes = "; Path=/; HttpOnly" + ("; Secure" if secure else "")
+        self._threads: anyio.CapacityLimiter | None = None
+
+    @asynccontextmanager
+    async def lifespan(self, _app: Starlette) -> AsyncIterator[None]:
+        self._threads = anyio.CapacityLimiter(_THREADS)
+        purging = asyncio.create_task(self._purge())
+        try:
+            yield
+        finally:
+            purging.cancel()
+            with suppress(asyncio.CancelledError):
+                await purging
+            await anyio.to_thread.run_sync(self._broker.close)
+
+    async def _purge(self) -> None:
+        while True:
+            try:
+                await self._in_thread(self._broker.purge)
+            except EncfsError as error:
+                _logger.warning("expired sessions are not deleted: %s", error)
+            await asyncio.sleep(_PURGE_INTERVAL)
+
+    async def _in_thread(self, call: Callable[[], T]) -> T:
+        return await anyio.to_thread.run_sync(call, limiter=self._threads)
+
+    def step(self, name: str, answer: _Step) -> _Step:
+        """A step with what all have: the rate, errors as answers, figures."""
+
+        async def endpoint(request: Request) -> Response:
+            started = time.perf_counter()
+            reason = "ok"
+            try:
+                self._admit(request)
+                response = await answer(request)
+            except Refusal as refusal:
+                reason = refusal.code
+                response = _error(refusal.status, refusal.kind, refusal.detail)
+            except EncfsError as error:
+                reason = "unavailable"
+                _logger.warning("%s: %s", name, error)
+                # What the matter is with the database is the operator's to know.
+                response = _error(503, protocol.ERROR_UNAVAILABLE, "the broker cannot answer now: try again later")
+            except ClientDisconnect:
+                reason = "gone"
+                response = Response(status_code=400)
+            except Exception:  # a bug: the client must not wait for it, and the traceback holds no values
+                reason = "bug"
+                _logger.exception("internal error in the step %s", name)
+                response = _error(500, protocol.ERROR_UNAVAILABLE, "internal error")
+            self._metrics.count(name, response.status_code, reason, time.perf_counter() - started)
+            return response
+
+        return endpoint
+
+    def _admit(self, request: Request) -> None:
+        if not self._limiter.allow(_address(request)):
+            raise Refusal(429, protocol.ERROR_BUSY, "too many requests from this address: try again later")
+
+    async def auth(self, request: Request) -> Response:
+        body = await _body(request)
+        identity, challenge = await self._in_thread(lambda: self._broker.auth(body))
+        cookie = f"{protocol.SESSION_COOKIE}={identity}{self._attributes}"
+        return JSONResponse(challenge, headers={"Set-Cookie": cookie, **_UNCACHED})
+
+    async def attest(self, request: Request) -> Response:
+        identity, client = _cookie(request), _address(request)
+        body = await _body(request)
+        answer = await self._in_thread(lambda: self._broker.attest(identity, body, client))
+        return JSONResponse(answer, headers=_UNCACHED)
+
+    async def resource(self, request: Request) -> Response:
+        identity, client = _cookie(request), _address(request)
+        path: str = request.path_params["path"]
+        digests = request.query_params.getlist(protocol.DIGEST_PARAMETER)
+        if len(digests) > 1:
+            raise Refusal(400, protocol.ERROR_REQUEST, f"{protocol.DIGEST_PARAMETER} is given twice")
+        digest = digests[0] if digests else None
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        bearer = token.strip() if scheme.lower() == "bearer" else None
+        sealed = await self._in_thread(lambda: self._broker.resource(identity, bearer, path, digest, client))
+        return JSONResponse(sealed, headers=_UNCACHED)
+
+    async def health(self, _request: Request) -> Response:
+        return PlainTextResponse("ok\n")
+
+    async def readiness(self, _request: Request) -> Response:
+        try:
+            await self._in_thread(self._broker.ready)
+        except EncfsError as error:
+            _logger.warning("not ready: %s", error)
+            return PlainTextResponse("not ready\n", 503)
+        return PlainTextResponse("ready\n")
+
+    async def exposition(self, _request: Request) -> Response:
+        content, kind = await self._in_thread(self._metrics.exposition)
+        return Response(content, media_type=kind)
+
+
+_UNCACHED = {"Cache-Control": "no-store"}
+
+
+async def _body(request: Request) -> bytes:
+    """The body, within its size and its time."""
+    declared = request.headers.get("content-length", "0")
+    if not declared.isdecimal() or len(declared) > 9 or int(declared) > protocol.MAX_MESSAGE:
+        raise _too_large()
+    body = bytearray()
+    try:
+        with anyio.fail_after(BODY_TIMEOUT):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > protocol.MAX_MESSAGE:
+                    raise _too_large()
+    except TimeoutError:
+        raise Refusal(408, protocol.ERROR_REQUEST, "the message did not arrive in time") from None
+    return bytes(body)
+
+
+def _too_large() -> Refusal:
+    return Refusal(413, protocol.ERROR_REQUEST, f"the message is larger than {protocol.MAX_MESSAGE} bytes")
+
+
+def _cookie(request: Request) -> str | None:
+    value = request.cookies.get(protocol.SESSION_COOKIE)
+    return value if value is not None and len(value) <= protocol.MAX_COOKIE else None
+
+
+def _address(request: Request) -> str:
+    return request.client.host if request.client is not None else "unknown"
+
+
+def _error(status: int, kind: str, detail: str) -> Response:
+    return JSONResponse(error_document(kind, detail), status, headers=_UNCACHED)
+
+
+async def _unknown(_request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    return _error(status, protocol.ERROR_REQUEST, "there is nothing of that name, or not with this method")

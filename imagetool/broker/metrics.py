@@ -1,0 +1,60 @@
+"""What Prometheus reads: requests by step and outcome, how long they took. Over all processes of one broker.
+
+prometheus-client keeps values of several processes in files of a directory; it looks for the directory's name in the
+environment when it is imported, so `prepare` comes first.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+
+
+@contextmanager
+def prepared() -> Iterator[None]:
+    """A directory for the values of all processes that are forked within, removed at the end."""
+    if "prometheus_client" in sys.modules:
+        raise RuntimeError("prometheus-client was imported too early")
+    with tempfile.TemporaryDirectory(prefix="encfs-broker-metrics-") as directory:
+        os.environ[_DIRECTORY] = directory
+        try:
+            yield
+        finally:
+            del os.environ[_DIRECTORY]
+
+
+class Metrics:
+    """One process's. Made after the fork, or before it and used after it."""
+
+    def __init__(self) -> None:
+        from prometheus_client import Counter, Histogram
+
+        self._requests = Counter(
+            "encfs_broker_requests_total",
+            "Requests by step, HTTP status and reason (ok, or a code of the log)",
+            ["step", "status", "reason"],
+        )
+        self._seconds = Histogram(
+            "encfs_broker_request_seconds",
+            "From the request's headers to the answer",
+            ["step"],
+            buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5),
+        )
+
+    def count(self, step: str, status: int, reason: str, seconds: float) -> None:
+        self._requests.labels(step, str(status), reason).inc()
+        self._seconds.labels(step).observe(seconds)
+
+    def exposition(self) -> tuple[bytes, str]:
+        """The text for Prometheus, and its content type."""
+        from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+        from prometheus_client.multiprocess import MultiProcessCollector
+
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry), CONTENT_TYPE_LATEST

@@ -1,0 +1,82 @@
+"""What the broker's commands share: the directory, an opened broker, changes that are logged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from encfs.errors import UnsupportedError, UsageError
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+    from imagetool.broker.opening import OpenedBroker
+    from imagetool.broker.state import State
+
+DirectoryArgument = Annotated[
+    str, typer.Argument(metavar="DIR", help="The broker's directory, which init made.", show_default=False)
+]
+ResourceArgument = Annotated[
+    str,
+    typer.Argument(metavar="PATH", help="The key's name: REPOSITORY/TYPE/TAG.", show_default=False),
+]
+
+
+def require_packages() -> None:
+    """Raises: UnsupportedError where the extra is not installed."""
+    from importlib.util import find_spec
+
+    for name in ("sqlalchemy", "alembic", "starlette", "uvicorn", "uvloop", "httptools", "prometheus_client"):
+        if find_spec(name) is None:
+            raise UnsupportedError(f"the broker needs {name}", hint="pip install 'encfs[broker]'")
+
+
+@contextmanager
+def opened(directory: str) -> Iterator[OpenedBroker]:
+    """Raises: as `open_broker`."""
+    require_packages()
+    from imagetool.broker.opening import open_broker
+
+    broker = open_broker(Path(directory))
+    try:
+        yield broker
+    finally:
+        broker.database.close()
+
+
+def resource_path(text: str) -> str:
+    """A resource's path, also written as `kbs:///PATH`. Raises: UsageError."""
+    from encfs.errors import FormatError
+    from encfs.kbs.protocol import parse_path
+
+    try:
+        return str(parse_path(text.removeprefix("kbs:///")))
+    except FormatError as error:
+        raise UsageError(error.message, hint="such as default/key/chat") from None
+
+
+def changed(
+    broker: OpenedBroker,
+    event: str,
+    path: str,
+    change: Callable[[Connection], tuple[State, Mapping[str, object]]],
+) -> State:
+    """Make a change of the owner's: in one transaction with its entry in the log, then the mark of the epoch."""
+    from imagetool.broker import log
+
+    with broker.database.transaction() as connection:
+        state, members = change(connection)
+        log.append(
+            connection,
+            broker.vault,
+            time=broker.database.now(connection),
+            event=event,
+            path=path,
+            members={"epoch": state.epoch, **members},
+        )
+    broker.settle(state)
+    return state
