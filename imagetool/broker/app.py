@@ -34,6 +34,8 @@ _PURGE_INTERVAL = 5.0
 #: Requests that are worked on at the same time; the others wait.
 _THREADS = 16
 
+_RESOURCES = f"{protocol.PREFIX}/resource/"
+
 T = TypeVar("T")
 _Step = Callable[[Request], Awaitable[Response]]
 
@@ -46,7 +48,7 @@ def make_app(broker: Broker, limiter: RateLimiter, metrics: Metrics, *, secure: 
     routes = [
         Route(f"{protocol.PREFIX}/auth", api.step("auth", api.auth), methods=["POST"]),
         Route(f"{protocol.PREFIX}/attest", api.step("attest", api.attest), methods=["POST"]),
-        Route(f"{protocol.PREFIX}/resource/{{path:path}}", api.step("resource", api.resource), methods=["GET"]),
+        Route(_RESOURCES + "{path:path}", api.step("resource", api.resource), methods=["GET"]),
         Route("/healthz", api.health, methods=["GET"]),
         Route("/readyz", api.readiness, methods=["GET"]),
         Route("/metrics", api.exposition, methods=["GET"]),
@@ -130,7 +132,8 @@ class _Api:
 
     async def resource(self, request: Request) -> Response:
         identity, client = _cookie(request), _address(request)
-        path: str = request.path_params["path"]
+        # As it came: the router's own pattern overlooks a line end behind it.
+        path: str = request.scope["path"].removeprefix(_RESOURCES)
         digests = request.query_params.getlist(protocol.DIGEST_PARAMETER)
         if len(digests) > 1:
             raise Refusal(400, protocol.ERROR_REQUEST, f"{protocol.DIGEST_PARAMETER} is given twice")
