@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 
 from sqlalchemy import Connection, select, update
 
-from encfs.attestation.kbs import digest_of_json, from_kbs_evidence, kind_of_tee
+from encfs.attestation.kbs import from_kbs_evidence, kind_of_tee
 from encfs.encoding import b64url_decode, b64url_encode, parse_digest
 from encfs.errors import EncfsError, FormatError, IntegrityError, RollbackError
 from encfs.kbs import jwe, protocol
@@ -358,12 +358,12 @@ def _attestation(session: Session, message: dict[str, object]) -> Attested:
         public_key, raw, nonce = protocol.parse_attest_message(message, session.version)
         jwe.parse_public(public_key)
         evidence = from_kbs_evidence(session.tee, raw)
+        offered = sessions.bound(session.nonce, session.version, public_key, evidence)
     except FormatError as error:
         raise Refusal(400, protocol.ERROR_REQUEST, error.message) from None
     if nonce is not None and not hmac.compare_digest(nonce.encode(), session.nonce.encode()):
         raise Refusal(401, protocol.ERROR_EVIDENCE, "the nonce is not this session's")
-    bound = protocol.runtime_data(session.nonce, public_key, session.version)
-    return Attested(public_key, digest_of_json(bound), evidence)
+    return offered
 
 
 def _about(session: Session, offered: Attested, client: str) -> dict[str, object]:

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from sqlalchemy import Connection, delete, func, insert, select, update
 
 from encfs.attestation.evidence import Endorsements, Evidence
-from encfs.attestation.kbs import kind_of_tee
+from encfs.attestation.kbs import digest_of_json, kind_of_tee
+from encfs.kbs import protocol
 from imagetool.broker.tables import SESSIONS
 
 _NONCE_SIZE = 32
@@ -29,11 +30,21 @@ _PURGE = 2_000
 
 @dataclass(frozen=True, slots=True)
 class Attested:
-    """What a session is bound to: the public half of its key pair (JWK), and genuine evidence with `report_data`."""
+    """What a session is bound to: the public half of its key pair (JWK), and evidence that must have `report_data`.
+
+    The report data is never stored: it follows from nonce and public key, so that a row in which somebody put another
+    key does not fit its evidence.
+    """
 
     public_key: dict[str, str]
     report_data: bytes = field(repr=False)
     evidence: Evidence
+
+
+def bound(nonce: str, version: str, public_key: dict[str, str], evidence: Evidence) -> Attested:
+    """Raises: FormatError where the key has no canonical form."""
+    data = protocol.runtime_data(nonce, public_key, version)
+    return Attested(public_key, digest_of_json(data), evidence)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +92,7 @@ def find(connection: Connection, identity: str, now: int) -> Session | None:
     if row.attested:
         certificates = tuple(base64.b64decode(one) for one in json.loads(row.certificates))
         evidence = Evidence(kind_of_tee(row.tee), row.evidence, Endorsements(certificates))
-        attested = Attested(json.loads(row.public_key), row.report_data, evidence)
+        attested = bound(row.nonce, row.version, json.loads(row.public_key), evidence)
     return Session(row.id, row.nonce, row.version, row.tee, row.expires, attested)
 
 
@@ -94,7 +105,6 @@ def attest(connection: Connection, identity: str, proven: Attested) -> bool:
         .values(
             attested=1,
             public_key=json.dumps(proven.public_key),
-            report_data=proven.report_data,
             evidence=proven.evidence.content,
             certificates=json.dumps(certificates).encode(),
         )

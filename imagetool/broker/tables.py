@@ -64,7 +64,6 @@ SESSIONS = Table(
     Column("expires", BigInteger, nullable=False),
     Column("attested", Integer, nullable=False),
     Column("public_key", Text),
-    Column("report_data", LargeBinary),
     Column("evidence", LargeBinary),
     Column("certificates", LargeBinary),
     Index("sessions_by_expiry", "expires"),

@@ -47,7 +47,6 @@ def upgrade() -> None:
         sa.Column("expires", sa.BigInteger, nullable=False),
         sa.Column("attested", sa.Integer, nullable=False),
         sa.Column("public_key", sa.Text),
-        sa.Column("report_data", sa.LargeBinary),
         sa.Column("evidence", sa.LargeBinary),
         sa.Column("certificates", sa.LargeBinary),
     )
