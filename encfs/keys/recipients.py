@@ -7,6 +7,7 @@
 | `A256KW` (4.4) | 32-byte KEK | | 40 bytes, RFC 3394 |
 | `PBES2-HS512+A256KW` (4.8) | passphrase | `p2s`, `p2c` | 40 bytes, RFC 3394 |
 | `HPKE-MLKEM768X25519-A256GCM` (ours) | ML-KEM-768 + X25519 | | enc (1120 bytes), ciphertext (48 bytes) |
+| `OCICRYPT-KEYPROVIDER` (ours) | has a service that wraps | `provider` | the packet that the service made |
 
 Each may carry `kid`, a hint. The algorithms are put together from the primitives of `cryptography` and not done by
 jwcrypto, for the reasons in docs/decisions/0003-jwe-without-jwcrypto.md; jwcrypto is the judge of them in the tests.
@@ -14,6 +15,8 @@ jwcrypto, for the reasons in docs/decisions/0003-jwe-without-jwcrypto.md; jwcryp
 
 from __future__ import annotations
 
+import base64
+import re
 import secrets
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -27,12 +30,12 @@ from cryptography.hazmat.primitives.kdf.concatkdf import ConcatKDFHash
 from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
 from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap, aes_key_wrap
 
-from encfs.encoding import b64url_decode, b64url_encode
-from encfs.errors import FormatError, WrongKeyError
+from encfs.encoding import b64_decode, b64url_decode, b64url_encode
+from encfs.errors import EncfsError, FormatError, KeyProviderError, WrongKeyError
 from encfs.keys import jwk, jwkjson
 from encfs.keys.jwk import HPKE_ALGORITHM, KeyKind, PrivateHandle, PublicKey, Use
 from encfs.keys.secrets import Passphrase, SymmetricKey, wipe
-from encfs.strictjson import show_name
+from encfs.strictjson import loads_object, show_name
 
 CEK_SIZE = 32
 
@@ -41,6 +44,7 @@ RSA = "RSA-OAEP-256"
 KEK = "A256KW"
 PBES2 = "PBES2-HS512+A256KW"
 HPKE = HPKE_ALGORITHM
+SERVICE = "OCICRYPT-KEYPROVIDER"
 
 #: PBKDF2 iterations: written, and accepted.
 ITERATIONS = 600_000
@@ -48,7 +52,10 @@ MIN_ITERATIONS, MAX_ITERATIONS = 210_000, 1_000_000
 _SALT_SIZE = 16
 _MAX_SALT_SIZE = 64
 
+_MAX_SERVICE_CONTENT = 4096
 _WRAPPED = range(CEK_SIZE + 8, CEK_SIZE + 8 + 1)
+#: Largest `encrypted_key` (bytes) of any algorithm, unknown ones too.
+MAX_ENCRYPTED_KEY_SIZE = 16 << 10
 # Lengths of `encrypted_key` (bytes).
 _SIZES: Mapping[str, range] = {
     ECDH: _WRAPPED,
@@ -56,25 +63,42 @@ _SIZES: Mapping[str, range] = {
     KEK: _WRAPPED,
     PBES2: _WRAPPED,
     HPKE: range(1120 + CEK_SIZE + 16, 1120 + CEK_SIZE + 16 + 1),
+    SERVICE: range(1, MAX_ENCRYPTED_KEY_SIZE + 1),
 }
-#: Bounds for recipients of unknown algorithms.
-MAX_ENCRYPTED_KEY_SIZE = 16 << 10
 _MAX_ALGORITHM_SIZE = 64
 
 #: Header members that would change how a JWE is read, or send the reader somewhere: never accepted.
 FORBIDDEN_MEMBERS = frozenset({"enc", "zip", "crit", "jku", "jwk", "x5u", "x5c", "x5t", "x5t#S256", "b64"})
 
-_KINDS: Mapping[str, str] = {RSA: KeyKind.RSA.value, KEK: "oct", PBES2: "passphrase", HPKE: KeyKind.HYBRID.value}
+_KINDS: Mapping[str, str] = {
+    RSA: KeyKind.RSA.value,
+    KEK: "oct",
+    PBES2: "passphrase",
+    HPKE: KeyKind.HYBRID.value,
+    SERVICE: "keyprovider",
+}
+#: Name of a service: what ocicrypt's configuration of key providers calls it.
+_SERVICE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", re.ASCII)
 
-RecipientKey = PublicKey | SymmetricKey | Passphrase
+
+@dataclass(frozen=True, slots=True)
+class WrappingService:
+    """A recipient whose key somebody else has: `wrap` makes a packet of secret bytes, which only they open."""
+
+    name: str
+    wrap: Callable[[bytearray], bytes] = field(repr=False)
+
+
+RecipientKey = PublicKey | SymmetricKey | Passphrase | WrappingService
 
 
 @dataclass(frozen=True, slots=True)
 class Recipient:
     """One entry of a keyring, checked as far as its algorithm is known. Nothing in it is secret or authenticated.
 
-    `epk` is the sender's ephemeral key (ECDH), `salt` and `iterations` PBES2's. An entry of an algorithm or curve that
-    is not one of ours may be of a later version: it is kept as it is, and never tried.
+    `epk` is the sender's ephemeral key (ECDH), `salt` and `iterations` PBES2's, `service` names who wrapped it. An
+    entry of an algorithm or curve that is not one of ours may be of a later version: it is kept as it is, and never
+    tried.
     """
 
     index: int
@@ -84,6 +108,7 @@ class Recipient:
     epk: PublicKey | None = None
     salt: bytes = field(default=b"", repr=False)
     iterations: int = 0
+    service: str = ""
 
     @property
     def kind(self) -> str:
@@ -131,6 +156,8 @@ def wrap(cek: bytearray, key: RecipientKey, content_digest: str) -> dict[str, ob
             salt = secrets.token_bytes(_SALT_SIZE)
             parameters = {"p2s": b64url_encode(salt), "p2c": ITERATIONS}
             return _entry(PBES2, None, parameters, _wrap_once(_stretch(key, salt, ITERATIONS), cek))
+        case WrappingService():
+            return _entry(SERVICE, None, {"provider": key.name}, _wrap_by_service(key, cek, content_digest))
         case PublicKey():
             key.require(Use.ENCRYPT, f"the recipient key {key.kid}")
             if key.kind is KeyKind.RSA:
@@ -171,6 +198,36 @@ def unwrap_with_passphrase(passphrase: Passphrase, recipients: Sequence[Recipien
         return _unwrap_once(_stretch(passphrase, recipient.salt, recipient.iterations), recipient.encrypted_key)
 
     return _first([recipient for recipient in recipients if recipient.alg == PBES2], unwrap, name, "passphrase")
+
+
+def unwrap_with_service(
+    name: str, unwrap: Callable[[bytes], bytearray], recipients: Sequence[Recipient], content_digest: str
+) -> bytearray:
+    """The CEK (mutable, the caller wipes it) from the first recipient of the service `name` that `unwrap` opens.
+
+    `unwrap` gives what is in a packet, which is wiped here. Raises: WrongKeyError saying what was tried; what `unwrap`
+    raised where it opened none.
+    """
+    fitting = [recipient for recipient in recipients if recipient.service == name]
+    if not fitting:
+        others = ", ".join(sorted({recipient.service for recipient in recipients if recipient.service}))
+        raise WrongKeyError(
+            f"the keyring has no recipient of the key provider {name}" + (f"; it has some of {others}" * bool(others))
+        )
+    failure: EncfsError | None = None
+    for recipient in fitting:
+        try:
+            content = unwrap(recipient.encrypted_key)
+        except EncfsError as error:
+            failure = failure or error
+            continue
+        try:
+            return _parse_service_content(content, content_digest)
+        except FormatError as error:
+            failure = failure or WrongKeyError(f"what the key provider {name} unwrapped is no key: {error.message}")
+        finally:
+            wipe(content)
+    raise failure or WrongKeyError(f"the key provider {name} opens no recipient")
 
 
 def mixes_post_quantum(recipients: Sequence[Recipient | RecipientKey]) -> bool:
@@ -223,7 +280,7 @@ def _parse(index: int, header: object, encrypted_key: object) -> Recipient:
     recipient = Recipient(index, alg, kid, wrapped)
     if alg not in _SIZES:
         return recipient
-    own = {ECDH: {"epk"}, PBES2: {"p2s", "p2c"}}.get(alg, set())
+    own = {ECDH: {"epk"}, PBES2: {"p2s", "p2c"}, SERVICE: {"provider"}}.get(alg, set())
     if missing := own - set(header):
         raise FormatError(f"header lacks the member {min(missing)}")
     if unknown := set(header) - own - {"alg", "kid"}:
@@ -234,6 +291,11 @@ def _parse(index: int, header: object, encrypted_key: object) -> Recipient:
         return Recipient(index, alg, kid, wrapped, epk=jwkjson.agreement_key_from_jwk(header["epk"]))
     if alg == PBES2:
         return Recipient(index, alg, kid, wrapped, salt=_salt(header), iterations=_iterations(header))
+    if alg == SERVICE:
+        name = header["provider"]
+        if not isinstance(name, str) or not _SERVICE_NAME.fullmatch(name):
+            raise FormatError("provider is not the name of a key provider")
+        return Recipient(index, alg, kid, wrapped, service=name)
     return recipient
 
 
@@ -297,6 +359,40 @@ def _stretch(passphrase: Passphrase, salt: bytes, iterations: int) -> bytearray:
     kdf = PBKDF2HMAC(SHA512(), CEK_SIZE, PBES2.encode("ascii") + b"\0" + salt, iterations)
     kdf.derive_into(passphrase.secret, kek)
     return kek
+
+
+def _wrap_by_service(service: WrappingService, cek: bytearray, content_digest: str) -> bytes:
+    content = _service_content(cek, content_digest)
+    try:
+        packet = service.wrap(content)
+    finally:
+        wipe(content)
+    if len(packet) not in _SIZES[SERVICE]:
+        raise KeyProviderError(
+            f"the key provider {service.name} made a packet of {len(packet)} bytes, not 1 to {MAX_ENCRYPTED_KEY_SIZE}"
+        )
+    return packet
+
+
+def _service_content(cek: bytearray, content_digest: str) -> bytearray:
+    """What is handed to a service: private options of ocicrypt, in canonical form (RFC 8785), without a nonce."""
+    return bytearray(
+        b'{"cipheroptions":{},"digest":"%b","symkey":"%b"}' % (content_digest.encode("ascii"), base64.b64encode(cek))
+    )
+
+
+def _parse_service_content(content: bytearray, content_digest: str) -> bytearray:
+    """Raises: FormatError unless it is what was handed to the service for this very artifact."""
+    document = loads_object(content, limit=_MAX_SERVICE_CONTENT, what="it")
+    if set(document) != {"cipheroptions", "digest", "symkey"} or document["cipheroptions"] != {}:
+        raise FormatError("it has other members than a keyring's packet")
+    if document["digest"] != content_digest:
+        raise FormatError("it was wrapped for another artifact")
+    cek = bytearray(b64_decode(document["symkey"], "its key"))
+    if len(cek) != CEK_SIZE:
+        wipe(cek)
+        raise FormatError(f"its key has another length than {CEK_SIZE} bytes")
+    return cek
 
 
 def _hpke_info(content_digest: str) -> bytes:

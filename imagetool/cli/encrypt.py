@@ -19,13 +19,15 @@ if TYPE_CHECKING:
     from encfs.keys.recipients import RecipientKey
     from imagetool.pipeline.encrypt import EncryptResult
 
+_SERVICE = "keyprovider:"
+
 RecipientsOption = Annotated[
     list[str] | None,
     typer.Option(
         "-r",
         "--recipient",
         metavar="KEY",
-        help="Encrypt to this key: a JWK or PEM file, or the kbs: or cdh: URI of a key to fetch. Repeatable.",
+        help="Encrypt to this key: a JWK or PEM file, kbs: or cdh: URI to fetch it from, keyprovider:NAME. Repeatable.",
         show_default=False,
     ),
 ]
@@ -142,15 +144,20 @@ def recipient_keys(
     terminal: Terminal, paths: Sequence[str], passphrase_file: str | None
 ) -> Iterator[list[RecipientKey]]:
     """The keys to encrypt to; secrets among them are wiped at the end. Raises: KeyFileError, NotFoundError."""
+    from encfs.keyprovider.client import parse_service
     from encfs.keys.files import load_recipient_key
     from encfs.keys.jwk import PublicKey
     from encfs.keys.providers import fetched_key
     from encfs.keys.providers.passphrase import read_passphrase
-    from encfs.keys.recipients import mixes_post_quantum
+    from encfs.keys.recipients import WrappingService, mixes_post_quantum
 
     with ExitStack() as stack:
         keys: list[RecipientKey] = []
         for path in paths:
+            if path.startswith(_SERVICE):
+                service = parse_service(path.removeprefix(_SERVICE))
+                keys.append(WrappingService(service.name, service.wrap))
+                continue
             key = fetched_key(path) if path.startswith(("kbs:", "cdh:")) else load_recipient_key(path)
             if not isinstance(key, PublicKey):
                 stack.callback(key.wipe)

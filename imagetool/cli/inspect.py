@@ -40,14 +40,14 @@ def _document(reference: str, artifact: LoadedArtifact) -> dict[str, object]:
 
 def recipients_document(artifact: LoadedArtifact) -> list[dict[str, object]]:
     return [
-        {"index": one.index, "type": one.kind, "algorithm": one.alg, "kid": one.kid}
+        {"index": one.index, "type": one.kind, "algorithm": one.alg, "kid": one.kid, "provider": one.service or None}
         for one in artifact.keyring.recipients
     ]
 
 
 def recipient_lines(artifact: LoadedArtifact) -> Iterator[str]:
     for one in artifact.keyring.recipients:
-        yield f"{one.index:>3}  {one.kind:<15} {one.kid or '-'}"
+        yield f"{one.index:>3}  {one.kind:<15} {one.kid or one.service or '-'}"
 
 
 def _lines(reference: str, artifact: LoadedArtifact) -> Iterator[str]:

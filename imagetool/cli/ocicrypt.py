@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from encfs.oci.blobs import BlobSource, BlobTarget
     from encfs.progress import Progress
     from imagetool.ocicrypt.edit import ImageRecipients
+    from imagetool.ocicrypt.keyservice import KeyService
     from imagetool.ocicrypt.rewriting import ImageResult
     from imagetool.ocicrypt.schemes import Opener, Recipient
 
@@ -44,13 +46,28 @@ RecipientsOption = Annotated[
         "-r",
         "--recipient",
         metavar="RECIPIENT",
-        help="Who can decrypt: a public key file. Repeatable.",
+        help="Who can decrypt: a public key file, provider:NAME[:PARAMS], coco:kbs:///REPO/TYPE/TAG. Repeatable.",
         show_default=False,
     ),
 ]
 KeysOption = Annotated[
     list[str] | None,
-    typer.Option("-k", "--key", metavar="KEYURI", help="What decrypts: a private key file. Repeatable."),
+    typer.Option(
+        "-k",
+        "--key",
+        metavar="KEYURI",
+        help="What decrypts: a private key file, provider:NAME[:PARAMS], a key URI of a KEK. Repeatable.",
+        show_default=False,
+    ),
+]
+KekOption = Annotated[
+    str | None,
+    typer.Option(
+        "--kek",
+        metavar="KEYURI",
+        help="The 32-byte key behind the recipients coco:…: a file, kbs:…, cdh:….",
+        show_default=False,
+    ),
 ]
 LayersOption = Annotated[
     list[int] | None,
@@ -89,6 +106,7 @@ def encrypt(
     source: SourceArgument,
     destination: DestinationArgument,
     recipients: RecipientsOption = None,
+    kek: KekOption = None,
     layers: LayersOption = None,
     platforms: PlatformsOption = None,
     *,
@@ -97,7 +115,7 @@ def encrypt(
     """Encrypt the layers of a container image. Its config and the names in its manifest stay readable."""
     from imagetool.ocicrypt.images import encrypt_image
 
-    with _recipients(recipients or ()) as added, _copy(terminal, source, destination, registry) as copy:
+    with _recipients(recipients or (), kek) as added, _copy(terminal, source, destination, registry) as copy:
         result = encrypt_image(
             copy.source,
             copy.sink,
@@ -146,6 +164,60 @@ def decrypt(
     _report(terminal, copy, result, "decrypted")
 
 
+def keyprovider(
+    terminal: Terminal,
+    keks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kek",
+            metavar="KID=KEYURI",
+            help="A 32-byte key, and the kbs:///REPO/TYPE/TAG that packets name it by. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    name: Annotated[
+        str, typer.Option("--name", metavar="NAME", help="What clients call this provider.")
+    ] = "attestation-agent",
+    grpc: Annotated[
+        str | None,
+        typer.Option(
+            "--grpc",
+            metavar="ADDRESS",
+            help="Serve gRPC at unix:PATH or 127.0.0.1:PORT, not one request on standard input.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Be a key provider for skopeo, containerd and others: wrap and unwrap with the given keys."""
+    from imagetool.ocicrypt.keyservice import KeyService, load_keys
+
+    if not keks:
+        raise MissingKeyError("no key was given to wrap with", hint="pass one with --kek KID=KEYURI")
+    with closing(KeyService(load_keys(keks), name)) as service:
+        if grpc is None:
+            _answer_once(service)
+        else:
+            _serve(terminal, grpc, service)
+
+
+def _answer_once(service: KeyService) -> None:
+    from encfs.keyprovider.protocol import MAX_MESSAGE_SIZE
+
+    answer = service.answer(sys.stdin.buffer.read(MAX_MESSAGE_SIZE + 1))
+    sys.stdout.buffer.write(answer)
+    sys.stdout.buffer.flush()
+    answer[:] = bytes(len(answer))
+
+
+def _serve(terminal: Terminal, address: str, service: KeyService) -> None:
+    from imagetool.ocicrypt.grpcserver import serving, wait_for_signal
+
+    with serving(address, service.answer) as served:
+        terminal.result({"address": served}, [f"serving at {served}"])
+        sys.stdout.flush()
+        wait_for_signal()
+
+
 def list_recipients(
     terminal: Terminal, reference: ImageArgument, platforms: PlatformsOption = None, *, registry: RegistryOptions
 ) -> None:
@@ -164,6 +236,7 @@ def add(
     terminal: Terminal,
     reference: ImageArgument,
     recipients: RecipientsOption = None,
+    kek: KekOption = None,
     keys: KeysOption = None,
     layers: LayersOption = None,
     *,
@@ -173,7 +246,7 @@ def add(
     from imagetool.ocicrypt.edit import add_recipients
 
     with (
-        _recipients(recipients or ()) as added,
+        _recipients(recipients or (), kek) as added,
         _openers(keys or ()) as openers,
         edited(reference, registry) as image,
     ):
@@ -213,13 +286,13 @@ def _platforms(texts: Sequence[str] | None) -> list[Platform]:
 
 
 @contextmanager
-def _recipients(texts: Sequence[str]) -> Iterator[list[Recipient]]:
+def _recipients(texts: Sequence[str], kek: str | None) -> Iterator[list[Recipient]]:
     from imagetool.ocicrypt.keys import parse_recipient
 
     if not texts:
         raise MissingKeyError("no recipient was given", hint="pass one with -r RECIPIENT")
     with ExitStack() as stack:
-        yield [stack.enter_context(closing(parse_recipient(text))) for text in texts]
+        yield [stack.enter_context(closing(parse_recipient(text, kek))) for text in texts]
 
 
 @contextmanager
@@ -323,6 +396,7 @@ def _image_lines(image: ImageRecipients) -> Iterator[str]:
 
 add_command(app, "encrypt", encrypt)
 add_command(app, "decrypt", decrypt)
+add_command(app, "keyprovider", keyprovider)
 add_command(recipients_app, "list", list_recipients)
 add_command(recipients_app, "add", add)
 add_command(recipients_app, "remove", remove)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from encfs.errors import FormatError
 from encfs.strictjson import show_name
-from imagetool.ocicrypt import jwe
+from imagetool.ocicrypt import jwe, packets
 from imagetool.ocicrypt.options import Element
 
 
@@ -13,9 +13,11 @@ def describe(element: Element) -> list[str]:
     try:
         if element.scheme == "jwe":
             return [_describe_jwe(recipient) for recipient in jwe.parse(element.content).recipients]
+        if element.scheme == f"provider.{packets.PROVIDER}":
+            return [f"key {packets.parse(element.content).kid}"]
     except FormatError as error:
         return [f"malformed: {error.message}"]
-    return ["unknown"]
+    return [f"{len(element.content)} bytes"]
 
 
 def _describe_jwe(recipient: jwe.JweRecipient) -> str:

@@ -2,7 +2,10 @@
 
 | text | recipient | key |
 |---|---|---|
-| `FILE`, `jwe:FILE` / `file:FILE` | a public key: JWE | a private key: JWE |
+| `FILE`, `jwe:FILE`, `file:FILE` | a public key: JWE | a private key: JWE; a symmetric one: packets of CoCo |
+| `coco:kbs:///REPOSITORY/TYPE/TAG` | a KEK given beside it: packets of CoCo | |
+| `kbs:…`, `cdh:…`, `tpm2:…`, … | | a KEK that is fetched: packets of CoCo |
+| `provider:NAME[:PARAMETERS]`, `keyprovider:…` | a key provider | a key provider |
 """
 
 from __future__ import annotations
@@ -10,13 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from encfs.errors import KeyFileError
+from encfs.errors import IntegrityError, KeyFileError, MissingKeyError, WrongKeyError
+from encfs.keyprovider.client import KeyService, parse_service
+from encfs.keys.providers import known_schemes
 from encfs.keys.secrets import SymmetricKey
 from encfs.strictjson import show_name
-from imagetool.ocicrypt import jwe
+from imagetool.ocicrypt import jwe, packets
 from imagetool.ocicrypt.keyfiles import Certificate, PublicFile, load_private, load_public
+from imagetool.ocicrypt.keyservice import kek_from_uri
 from imagetool.ocicrypt.options import Element
 from imagetool.ocicrypt.schemes import Opener, Recipient
+
+_PROVIDER = "provider."
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +36,38 @@ class JweRecipient:
 
     def wrap(self, options: bytearray) -> bytes:
         return jwe.encrypt(options, self.file.key, self.file.algorithm)
+
+    def close(self) -> None:
+        return
+
+
+@dataclass(frozen=True, slots=True)
+class PacketRecipient:
+    """A key-encryption key that guests of Confidential Containers get from their key broker, under `kid`."""
+
+    kid: str
+    kek: SymmetricKey
+    scheme: str = _PROVIDER + packets.PROVIDER
+
+    def wrap(self, options: bytearray) -> bytes:
+        return packets.wrap(options, self.kek, self.kid)
+
+    def close(self) -> None:
+        self.kek.wipe()
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceRecipient:
+    """A key provider."""
+
+    service: KeyService
+
+    @property
+    def scheme(self) -> str:
+        return _PROVIDER + self.service.name
+
+    def wrap(self, options: bytearray) -> bytes:
+        return self.service.wrap(options)
 
     def close(self) -> None:
         return
@@ -50,9 +90,54 @@ class PrivateKeyOpener:
         return
 
 
-def parse_recipient(text: str) -> Recipient:
-    """Raises: KeyFileError, NotFoundError, StorageError."""
+@dataclass(frozen=True, slots=True)
+class PacketOpener:
+    """A key-encryption key, for packets whatever they call their key."""
+
+    name: str
+    kek: SymmetricKey
+
+    def handles(self, scheme: str) -> bool:
+        return scheme == _PROVIDER + packets.PROVIDER
+
+    def unwrap(self, element: Element) -> bytearray:
+        try:
+            return packets.unwrap(packets.parse(element.content), self.kek)
+        except IntegrityError as error:
+            raise WrongKeyError(f"{self.name} does not open it: {error.message}") from None
+
+    def close(self) -> None:
+        self.kek.wipe()
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceOpener:
+    """A key provider."""
+
+    service: KeyService
+
+    @property
+    def name(self) -> str:
+        return str(self.service)
+
+    def handles(self, scheme: str) -> bool:
+        return scheme == _PROVIDER + self.service.name
+
+    def unwrap(self, element: Element) -> bytearray:
+        return self.service.unwrap(element.content)
+
+    def close(self) -> None:
+        return
+
+
+def parse_recipient(text: str, kek: str | None = None) -> Recipient:
+    """`kek` is the key URI of the key for recipients that are named only. Secrets in it are wiped by its `close`.
+
+    Raises: KeyFileError, MissingKeyError, NotFoundError, StorageError, and others of key URIs.
+    """
     scheme, separator, rest = text.partition(":")
+    if separator and scheme == "coco":
+        return _packet_recipient(rest, kek)
     if not separator or scheme not in _RECIPIENTS:
         return _file_recipient(text)
     if not rest:
@@ -61,11 +146,15 @@ def parse_recipient(text: str) -> Recipient:
 
 
 def parse_opener(text: str) -> Opener:
-    """Secrets in it are wiped by its `close`. Raises: KeyFileError, NotFoundError, StorageError."""
+    """Secrets in it are wiped by its `close`. Raises: as `parse_recipient`."""
     scheme, separator, rest = text.partition(":")
-    if not separator or scheme not in _OPENERS:
+    if not separator:
         return _file_opener(text)
-    return _OPENERS[scheme](rest)
+    if scheme in _OPENERS:
+        return _OPENERS[scheme](rest)
+    if scheme in known_schemes():
+        return PacketOpener(f"{scheme}: key", kek_from_uri(text))
+    return _file_opener(text)
 
 
 def _file_recipient(path: str) -> Recipient:
@@ -75,13 +164,26 @@ def _file_recipient(path: str) -> Recipient:
     return JweRecipient(key)
 
 
+def _packet_recipient(rest: str, kek: str | None) -> Recipient:
+    kid = packets.check_kid(rest)
+    if kek is None:
+        raise MissingKeyError(f"the key of {kid} is not given", hint="pass it with --kek KEYURI")
+    return PacketRecipient(kid, kek_from_uri(kek))
+
+
 def _file_opener(path: str) -> Opener:
     key = load_private(path)
-    if isinstance(key, SymmetricKey):
-        key.wipe()
-        raise KeyFileError(f"{path} is a symmetric key, not a private one")
-    return PrivateKeyOpener(path, key)
+    return PacketOpener(path, key) if isinstance(key, SymmetricKey) else PrivateKeyOpener(path, key)
 
 
-_RECIPIENTS: Mapping[str, Callable[[str], Recipient]] = {"jwe": _file_recipient}
-_OPENERS: Mapping[str, Callable[[str], Opener]] = {"file": _file_opener}
+_RECIPIENTS: Mapping[str, Callable[[str], Recipient]] = {
+    "jwe": _file_recipient,
+    "file": _file_recipient,
+    "provider": lambda rest: ServiceRecipient(parse_service(rest)),
+    "keyprovider": lambda rest: ServiceRecipient(parse_service(rest)),
+}
+_OPENERS: Mapping[str, Callable[[str], Opener]] = {
+    "file": _file_opener,
+    "provider": lambda rest: ServiceOpener(parse_service(rest)),
+    "keyprovider": lambda rest: ServiceOpener(parse_service(rest)),
+}
