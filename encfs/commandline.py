@@ -17,6 +17,7 @@ from typing import Annotated, Any, NoReturn, get_type_hints
 import typer
 
 from encfs.errors import UsageError
+from encfs.hardening import forbid_core_files
 from encfs.terminal import ProgressMode, Settings, Terminal, run, translated_errors
 from encfs.units import parse_size
 
@@ -92,6 +93,8 @@ def add_module(app: typer.Typer, module: ModuleType) -> None:
 
 def main(app: typer.Typer, program: str, arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the program and exit."""
+    # A crash must not leave keys in a file.
+    forbid_core_files()
     words = list(sys.argv[1:] if arguments is None else arguments)
     terminal = Terminal(program)
     # Until the options are parsed: an error in them is to be shown the way that was asked for.

@@ -69,6 +69,7 @@ def command(
     Every byte read is verified and decrypted on the way. Returns once the mount answers; its daemon goes on in the
     background.
     """
+    from encfs.hardening import forbid_dumps, forbid_swapping
     from encfs.image.artifact import image_parts
     from encfs.mount import MountOptions, choose_shape, mount
 
@@ -84,6 +85,11 @@ def command(
         writable=writable,
         upper=Path(upper) if upper is not None else None,
     )
+
+    if foreground:
+        # The daemon in the background does the same for itself.
+        forbid_dumps()
+        forbid_swapping()
 
     def report(status: MountStatus) -> None:
         terminal.result(status.to_json(), [f"{reference} is mounted on {status.mountpoint}"])

@@ -62,6 +62,7 @@ def command(
 ) -> None:
     """Seal a key to this machine's TPM and its PCRs."""
     from encfs.errors import UsageError
+    from encfs.hardening import forbid_dumps
     from encfs.keys.files import load_trusted_key
     from encfs.keys.providers import fetched_key
     from encfs.tpm.availability import require_library
@@ -77,6 +78,7 @@ def command(
     require_library()
     from encfs.tpm.sealing import seal
 
+    forbid_dumps()
     key = fetched_key(key_uri, bare=True)
     try:
         sealed = seal(key, request, authorization, index)

@@ -24,13 +24,18 @@ def command(
 ) -> None:
     """Get a sealed key back from this machine's TPM, as a JWK."""
     import json
+    import sys
 
+    from encfs.hardening import forbid_dumps
     from encfs.keys.files import write_key_files
     from encfs.keys.jwkjson import private_jwk
     from encfs.keys.providers import fetched_key
 
     if output is None and terminal.settings.json:
         raise UsageError("unseal writes the key itself; there is nothing to print as JSON", hint="give -o FILE")
+    if output is None and sys.stdout is not None and sys.stdout.isatty():
+        raise UsageError("unseal does not show a key on a terminal", hint="give -o FILE, or redirect standard output")
+    forbid_dumps()
     key = fetched_key(f"tpm2:{sealed}")
     try:
         if output is None:

@@ -5,10 +5,8 @@ Not here: what the process does (`daemon`).
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import resource
 import select
 import signal
 import sys
@@ -19,10 +17,9 @@ from typing import NoReturn
 
 from encfs import errors
 from encfs.errors import EncfsError, MountError
+from encfs.hardening import forbid_dumps, forbid_swapping
 
 _MAX_REPORT = 1 << 20
-#: prctl(2).
-_PR_SET_DUMPABLE = 4
 
 
 class Report:
@@ -87,7 +84,8 @@ def _become_daemon(main: Callable[[Report], int], reading: int, writing: int) ->
         os.chdir("/")
         os.umask(0o077)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        _forbid_dumps()
+        forbid_dumps()
+        forbid_swapping()
         null = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(null, stream)
@@ -96,12 +94,6 @@ def _become_daemon(main: Callable[[Report], int], reading: int, writing: int) ->
     finally:
         # The exit handlers are the starting process's.
         os._exit(code)
-
-
-def _forbid_dumps() -> None:
-    """No core dump of a process that holds keys, and no look into its memory by others of the same user."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def _await_report(descriptor: int, timeout: float) -> Mapping[str, object]:
