@@ -9,14 +9,14 @@ machine. Not here: where entries come from, and whether a file changed while it 
 
 from __future__ import annotations
 
-import sqlite3
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
 from encfs.erofs.metadata import CHUNK_RUN, ROOT_NID, write_metadata
+from encfs.erofs.names import Names
 from encfs.erofs.sparse import plan_chunks
 from encfs.erofs.spool import ROOT_ID, open_spool, storage_errors
 from encfs.erofs.structures import (
@@ -29,8 +29,6 @@ from encfs.erofs.structures import (
     LAYOUT_INLINE,
     LAYOUT_PLAIN,
     MAX_BLOCKS,
-    MAX_NAME,
-    MAX_PATH,
     MAX_TARGET,
     NANOSECONDS,
     NULL_BLOCK,
@@ -40,19 +38,14 @@ from encfs.erofs.structures import (
     pack_superblock,
     printable,
 )
-from encfs.erofs.xattrs import encode_xattrs
+from encfs.erofs.xattrs import decode_inline_xattrs, encode_xattrs
 from encfs.errors import SourceError
 
 _ZEROS = bytes(1 << 16)
 _MAX_SIZE = (1 << 63) - 1
 _MAX_ID = (1 << 32) - 1
 _SYNTHETIC_MODE = stat.S_IFDIR | 0o755
-#: Numbers of directories are kept at hand by path, in about this much memory (bytes); any other is looked up.
-_CACHE_SIZE = 4 << 20
-_CACHE_OVERHEAD = 200
-
-_SELECT_NAME = "SELECT inode, type FROM name WHERE parent = ? AND name = ?"
-_INSERT_INODE = f"INSERT INTO inode VALUES ({'?, ' * 13}NULL)"  # noqa: S608 (placeholders only)
+_MODES = {kind: mode for mode, kind in FILE_TYPES.items()}
 
 
 class ImageSink(Protocol):
@@ -119,10 +112,20 @@ class ErofsWriter:
 
     `epoch` (seconds since 1970) is stored once: inodes with this very mtime take half the room. `synthesise_parents`
     makes directories that are implied but never added, and the root too, with mode 0755, owner 0 and mtime `epoch`;
-    without it they are a SourceError.
+    without it they are a SourceError. With `replace`, a path that is there already is no error, but what is added takes
+    its place: a directory takes over what is in a directory, anything else is removed first with all that lies below.
+    The contents of removed files stay in the image as blocks that nothing names.
     """
 
-    def __init__(self, sink: ImageSink, *, uuid: bytes, epoch: int = 0, synthesise_parents: bool = False) -> None:
+    def __init__(
+        self,
+        sink: ImageSink,
+        *,
+        uuid: bytes,
+        epoch: int = 0,
+        synthesise_parents: bool = False,
+        replace: bool = False,
+    ) -> None:
         if len(uuid) != 16:
             raise ValueError("a UUID has 16 bytes")
         if not 0 <= epoch <= _MAX_SIZE:
@@ -133,14 +136,11 @@ class ErofsWriter:
         self._uuid = uuid
         self._epoch = epoch
         self._synthesise = synthesise_parents
-        self._inodes = 1
-        self._names = 1
+        self._replace = replace
         self._data_size = 0
         self._sparse = False
-        self._directories: dict[bytes, int] = {}
-        self._cached_size = 0
         self._spool = open_spool()
-        self._insert_inode(ROOT_ID, None, b"")
+        self._names = Names(self._spool, epoch)
         sink.write(bytes(BLOCK_SIZE))
 
     def __enter__(self) -> Self:
@@ -169,13 +169,38 @@ class ErofsWriter:
         try:
             with storage_errors():
                 if entry.link_to is not None:
-                    self._add_link(entry.path, entry.link_to)
+                    self._names.link(entry.path, entry.link_to, replace=self._replace)
                 else:
                     self._add_inode(entry, data, extents)
         except BaseException:
             # Half an entry may be noted: nothing can be finished any more.
             self.close()
             raise
+
+    def kind(self, path: bytes) -> int | None:
+        """`S_IFMT` of what has been added, or is implied, at a path; None where there is nothing."""
+        with storage_errors():
+            found = self._names.find(path)
+        return None if found is None else _MODES[found[1]]
+
+    def implied_directories(self) -> Iterator[bytes]:
+        """Directories that were not added so far, but entries below them; upper ones first, the root as b"".
+
+        They may be added while this goes on.
+        """
+        with storage_errors():
+            yield from self._names.implied()
+
+    def set_directory_xattr(self, path: bytes, name: bytes, value: bytes) -> None:
+        """Give a directory that has been added one attribute more. Raises: SourceError."""
+        with storage_errors():
+            found = self._names.find(path)
+            if found is None or found[1] != TYPE_DIRECTORY:
+                raise SourceError(f"{printable(path)}: not a directory of the image")
+            (area,) = self._spool.execute("SELECT xattrs FROM inode WHERE id = ?", (found[0],)).fetchone()
+            kept = [item for item in decode_inline_xattrs(area) if item[0] != name]
+            encoded = encode_xattrs(path, [*kept, (name, value)])
+            self._spool.execute("UPDATE inode SET xattrs = ? WHERE id = ?", (encoded, found[0]))
 
     def finish(self) -> ImageSummary:
         """Write the metadata and the superblock, and close.
@@ -194,7 +219,7 @@ class ErofsWriter:
             pack_superblock(
                 Superblock(
                     root_nid=ROOT_NID,
-                    inodes=self._inodes,
+                    inodes=self._names.inodes,
                     epoch=self._epoch,
                     epoch_nsec=0,
                     blocks=blocks,
@@ -205,112 +230,11 @@ class ErofsWriter:
                 )
             )
         )
-        return ImageSummary(blocks * BLOCK_SIZE, self._inodes, self._names, self._data_size, metadata_offset)
-
-    # Names
-
-    def _split(self, path: bytes) -> tuple[int, bytes]:
-        """The number of the parent directory, which comes to be here if need be, and the name in it."""
-        parent, slash, name = path.rpartition(b"/")
-        if not name or name == b"." or name == b".." or (slash and not parent):
-            raise SourceError(f"{printable(path)}: not a plain relative path")
-        if len(name) > MAX_NAME:
-            raise SourceError(f"{printable(path)}: name of {len(name)} bytes, the limit is {MAX_NAME}")
-        if len(path) > MAX_PATH:
-            raise SourceError(f"{printable(path[:MAX_NAME])}...: path of {len(path)} bytes, the limit is {MAX_PATH}")
-        if b"\0" in name:
-            raise SourceError(f"{printable(path)}: name with a NUL byte")
-        return self._directory(parent), name
-
-    def _directory(self, path: bytes) -> int:
-        """The number of a directory; it and those above it are noted as implied where they are not there."""
-        ends = []
-        number = ROOT_ID
-        known = path
-        while known:
-            cached = self._directories.get(known)
-            if cached is not None:
-                number = cached
-                break
-            ends.append(len(known))
-            known, slash, _name = known.rpartition(b"/")
-            if slash and not known:
-                raise SourceError(f"{printable(path)}: not a plain relative path")
-        if ends:
-            start = len(known) + 1 if known else 0
-            for end in reversed(ends):
-                name = path[start:end]
-                found = self._find_directory(path[:end], number, name)
-                number = found or self._imply_directory(path[:end], number, name)
-                start = end + 1
-            self._remember(path, number)
-        return number
-
-    def _find(self, path: bytes) -> tuple[int, int] | None:
-        """The number and type of what has been added at a path."""
-        directory, _slash, name = path.rpartition(b"/")
-        number = self._directories.get(directory)
-        names = path.split(b"/") if number is None else [name]
-        number = number or ROOT_ID
-        kind = TYPE_DIRECTORY
-        for name in names:
-            row = self._spool.execute(_SELECT_NAME, (number, name)).fetchone()
-            if row is None:
-                return None
-            number, kind = row
-        return number, kind
-
-    def _find_directory(self, path: bytes, parent: int, name: bytes) -> int | None:
-        row = self._spool.execute(_SELECT_NAME, (parent, name)).fetchone()
-        if row is None:
-            return None
-        if row[1] != TYPE_DIRECTORY:
-            raise SourceError(f"{printable(path)}: something lies below it, but it is not a directory")
-        return int(row[0])
-
-    def _imply_directory(self, path: bytes, parent: int, name: bytes) -> int:
-        if not name or name == b"." or name == b".." or len(name) > MAX_NAME or b"\0" in name:
-            raise SourceError(f"{printable(path)}: not a plain relative path")
-        number = self._new_inode()
-        self._insert_inode(number, None, path)
-        self._insert_name(path, parent, name, number, TYPE_DIRECTORY, owner=True)
-        return number
-
-    def _remember(self, path: bytes, number: int) -> None:
-        self._cached_size += len(path) + _CACHE_OVERHEAD
-        if self._cached_size > _CACHE_SIZE:
-            self._directories.clear()
-            self._cached_size = 0
-        self._directories[path] = number
-
-    def _insert_name(self, path: bytes, parent: int, name: bytes, number: int, kind: int, *, owner: bool) -> None:
-        try:
-            self._spool.execute("INSERT INTO name VALUES (?, ?, ?, ?, ?)", (parent, name, number, kind, owner))
-        except sqlite3.IntegrityError:
-            raise SourceError(f"{printable(path)}: given twice, or also as the directory of another entry") from None
-        self._names += 1
-
-    def _add_link(self, path: bytes, link_to: bytes) -> None:
-        found = self._find(link_to)
-        if found is None:
-            raise SourceError(f"{printable(path)}: hard link to {printable(link_to)}, which was not added before it")
-        number, kind = found
-        if kind == TYPE_DIRECTORY:
-            raise SourceError(f"{printable(path)}: hard link to the directory {printable(link_to)}")
-        parent, name = self._split(path)
-        self._insert_name(path, parent, name, number, kind, owner=False)
-        self._spool.execute("UPDATE inode SET nlink = nlink + 1 WHERE id = ?", (number,))
+        return ImageSummary(
+            blocks * BLOCK_SIZE, self._names.inodes, self._names.count, self._data_size, metadata_offset
+        )
 
     # Inodes
-
-    def _new_inode(self) -> int:
-        self._inodes += 1
-        return self._inodes
-
-    def _insert_inode(self, number: int, mode: int | None, tail: bytes) -> None:
-        """A directory that is only implied so far; `tail` is its path."""
-        values = (number, mode, 0, 0, self._epoch, 0, 0, 1, LAYOUT_PLAIN, 0, 0, b"", tail)
-        self._spool.execute(_INSERT_INODE, values)
 
     def _add_inode(self, entry: Entry, data: DataSource | None, extents: Sequence[tuple[int, int]] | None) -> None:
         path, mode = entry.path, entry.mode
@@ -327,9 +251,11 @@ class ErofsWriter:
             return
         if not path:
             raise SourceError("/: the root of an image is a directory")
-        parent, name = self._split(path)
-        number = self._new_inode()
-        self._insert_name(path, parent, name, number, kind, owner=True)
+        parent, name = self._names.split(path)
+        if self._replace:
+            self._names.remove_in(parent, name)
+        number = self._names.new_inode()
+        self._names.insert(path, parent, name, number, kind, owner=True)
         size, layout, start, extra, tail = 0, LAYOUT_PLAIN, 0, 0, b""
         if stat.S_ISREG(mode):
             size = entry.size
@@ -346,24 +272,22 @@ class ErofsWriter:
                 raise SourceError(f"{printable(path)}: device number {entry.rdev:#x} does not fit 12 and 20 bits")
             start = encoded
         values = (number, *owner, size, 1, layout, start, extra, xattrs, tail)
-        self._spool.execute(_INSERT_INODE, values)
+        self._names.insert_inode(values)
 
     def _add_directory(self, path: bytes, owner: tuple[int, int, int, int, int], xattrs: bytes) -> None:
         number = ROOT_ID
         if path:
-            parent, name = self._split(path)
-            found = self._spool.execute(_SELECT_NAME, (parent, name)).fetchone()
-            if found and found[1] == TYPE_DIRECTORY:
-                number = found[0]
-            else:
-                number = self._new_inode()
-                self._insert_name(path, parent, name, number, TYPE_DIRECTORY, owner=True)
-                self._insert_inode(number, None, path)
-            self._remember(path, number)
+            parent, name = self._names.split(path)
+            found = self._names.find_in(parent, name)
+            if found and found[1] != TYPE_DIRECTORY and self._replace:
+                self._names.remove_in(parent, name)
+                found = None
+            number = found[0] if found and found[1] == TYPE_DIRECTORY else self._names.imply(path, parent, name)
+            self._names.remember(path, number)
         changed = self._spool.execute(
             "UPDATE inode SET mode = ?, uid = ?, gid = ?, seconds = ?, nanoseconds = ?, xattrs = ?, tail = x'' "
-            "WHERE id = ? AND mode IS NULL",
-            (*owner, xattrs, number),
+            "WHERE id = ? AND (mode IS NULL OR ?)",
+            (*owner, xattrs, number, self._replace),
         ).rowcount
         if not changed:
             raise SourceError(f"{printable(path)}: given twice")

@@ -93,6 +93,15 @@ def decode_xattrs(area: bytes, read_shared: Callable[[int, int], bytes]) -> Iter
         position = align(end, XATTR_ALIGNMENT)
 
 
+def decode_inline_xattrs(area: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The attributes of an area as `encode_xattrs` makes it, which shares none."""
+
+    def refuse(offset: int, size: int) -> bytes:
+        raise FormatError("EROFS xattr area refers to shared entries")
+
+    return decode_xattrs(area, refuse) if area else iter(())
+
+
 def _join_name(index: int, suffix: bytes) -> bytes:
     prefix = XATTR_PREFIXES[index]
     if prefix.endswith(b".") != bool(suffix) or b"\0" in suffix:
