@@ -82,13 +82,18 @@ def storage_errors() -> Iterator[None]:
 
 def open_spool() -> sqlite3.Connection:
     """A new empty spool. Its use may move between threads, but only one may use it at a time."""
+    return open_temporary(_SCHEMA)
+
+
+def open_temporary(schema: str) -> sqlite3.Connection:
+    """A private temporary database of another schema, for others who write images. Raises: StorageError."""
     with storage_errors():
         spool = sqlite3.connect("", isolation_level=None, check_same_thread=False, cached_statements=64)
         spool.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         # Nothing is ever rolled back or recovered: a failure drops the database.
         spool.execute("PRAGMA journal_mode = OFF")
         spool.execute("PRAGMA synchronous = OFF")
-        spool.executescript(_SCHEMA)
+        spool.executescript(schema)
         spool.execute("BEGIN")
     return spool
 
