@@ -20,6 +20,10 @@ _CACHE_OVERHEAD = 200
 _SELECT_NAME = "SELECT inode, type FROM name WHERE parent = ? AND name = ?"
 _SELECT_OWNED = "SELECT inode, type, owner FROM name WHERE parent = ? AND name = ?"
 _SELECT_FIRST = "SELECT name, inode, type, owner FROM name WHERE parent = ? LIMIT 1"
+_SELECT_NEXT_DIRECTORY = f"""
+SELECT name.name, name.inode, inode.mode IS NULL FROM name JOIN inode ON inode.id = name.inode
+WHERE name.parent = ? AND name.name > ? AND name.type = {TYPE_DIRECTORY} ORDER BY name.name LIMIT 1
+"""  # noqa: S608 (constants only)
 _INSERT_INODE = f"INSERT INTO inode VALUES ({'?, ' * 13}NULL)"  # noqa: S608 (placeholders only)
 
 
@@ -34,7 +38,7 @@ class Names:
         self._cached_size = 0
         self.inodes = 1
         self.count = 1
-        self._insert_implied(ROOT_ID, b"")
+        self._insert_implied(ROOT_ID)
 
     # -- looking up
 
@@ -141,7 +145,7 @@ class Names:
     def imply(self, path: bytes, parent: int, name: bytes) -> int:
         """A directory whose attributes may follow; its number."""
         number = self.new_inode()
-        self._insert_implied(number, path)
+        self._insert_implied(number)
         self.insert(path, parent, name, number, TYPE_DIRECTORY, owner=True)
         return number
 
@@ -150,21 +154,32 @@ class Names:
             raise SourceError(f"{printable(path)}: not a plain relative path")
         return self.imply(path, parent, name)
 
-    def _insert_implied(self, number: int, path: bytes) -> None:
-        values = (number, None, 0, 0, self._epoch, 0, 0, 1, LAYOUT_PLAIN, 0, 0, b"", path)
-        self.insert_inode(values)
+    def imply_directory(self, path: bytes) -> None:
+        """Note a directory, and those above it, as implied where they are not there. Raises: SourceError."""
+        self._directory(path)
+
+    def _insert_implied(self, number: int) -> None:
+        self.insert_inode((number, None, 0, 0, self._epoch, 0, 0, 1, LAYOUT_PLAIN, 0, 0, b"", b""))
 
     def implied(self) -> Iterator[bytes]:
-        """Paths of directories that only entries below them imply so far, upper ones first; the root is b""."""
-        last = 0
-        while True:
-            row = self._spool.execute(
-                "SELECT id, tail FROM inode WHERE mode IS NULL AND id > ? ORDER BY id LIMIT 1", (last,)
-            ).fetchone()
+        """Paths of directories that only entries below them imply so far, in preorder; the root is b"".
+
+        Paths are put together on the way: keeping them would let one long name fill the disk.
+        """
+        if self._spool.execute("SELECT mode FROM inode WHERE id = ?", (ROOT_ID,)).fetchone()[0] is None:
+            yield b""
+        stack = [(ROOT_ID, b"", b"")]
+        while stack:
+            number, path, last = stack.pop()
+            row = self._spool.execute(_SELECT_NEXT_DIRECTORY, (number, last)).fetchone()
             if row is None:
-                return
-            last, path = row
-            yield path
+                continue
+            name, child, is_implied = row
+            stack.append((number, path, name))
+            below = path + b"/" + name if path else name
+            if is_implied:
+                yield below
+            stack.append((child, below, b""))
 
     def link(self, path: bytes, link_to: bytes, *, replace: bool) -> None:
         """A further name of what is at `link_to`. Raises: SourceError where nothing fit is there."""

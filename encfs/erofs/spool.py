@@ -25,7 +25,7 @@ _CACHE_KIB = 16 << 10
 _SCHEMA = """
 CREATE TABLE inode (
     id INTEGER PRIMARY KEY,  -- in the order of adding
-    mode INTEGER,            -- NULL: a directory that only entries below it imply; `tail` is then its path
+    mode INTEGER,            -- NULL: a directory that only entries below it imply
     uid INTEGER,
     gid INTEGER,
     seconds INTEGER,

@@ -183,6 +183,11 @@ class ErofsWriter:
             found = self._names.find(path)
         return None if found is None else _MODES[found[1]]
 
+    def imply_directory(self, path: bytes) -> None:
+        """Note a directory as one that something below it implies. Raises: SourceError."""
+        with storage_errors():
+            self._names.imply_directory(path)
+
     def implied_directories(self) -> Iterator[bytes]:
         """Directories that were not added so far, but entries below them; upper ones first, the root as b"".
 
@@ -285,7 +290,7 @@ class ErofsWriter:
             number = found[0] if found and found[1] == TYPE_DIRECTORY else self._names.imply(path, parent, name)
             self._names.remember(path, number)
         changed = self._spool.execute(
-            "UPDATE inode SET mode = ?, uid = ?, gid = ?, seconds = ?, nanoseconds = ?, xattrs = ?, tail = x'' "
+            "UPDATE inode SET mode = ?, uid = ?, gid = ?, seconds = ?, nanoseconds = ?, xattrs = ? "
             "WHERE id = ? AND (mode IS NULL OR ?)",
             (*owner, xattrs, number, self._replace),
         ).rowcount
@@ -294,12 +299,10 @@ class ErofsWriter:
 
     def _complete_directories(self) -> None:
         if self._synthesise:
-            self._spool.execute(
-                "UPDATE inode SET mode = ?, uid = 0, gid = 0, tail = x'' WHERE mode IS NULL", (_SYNTHETIC_MODE,)
-            )
-        missing = self._spool.execute("SELECT tail FROM inode WHERE mode IS NULL ORDER BY id LIMIT 1").fetchone()
-        if missing:
-            raise SourceError(f"{printable(missing[0])}: directory was never added, but entries below it were")
+            self._spool.execute("UPDATE inode SET mode = ?, uid = 0, gid = 0 WHERE mode IS NULL", (_SYNTHETIC_MODE,))
+        missing = next(self._names.implied(), None)
+        if missing is not None:
+            raise SourceError(f"{printable(missing)}: directory was never added, but entries below it were")
 
     # Contents
 

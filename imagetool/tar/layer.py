@@ -1,0 +1,215 @@
+"""A layer's tar archive (OCI image-spec v1.1, layer.md) as an EROFS image with overlayfs's conventions.
+
+Whiteouts become character devices 0:0, opaque markers an attribute of their directory. They are applied when the whole
+archive has been read, since they speak of the layers below, wherever in the archive they stand: an entry of the same
+name and layer stays. Of entries of one path the last counts. Names are plain relative paths (a leading `./` is passed
+over); absolute ones, those with `..`, and those that lead through something that is no directory are refused.
+
+Not here: reading tar (`reader`), giving it back (`recipe`), several layers in one (`flatten`).
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from encfs.erofs.spool import open_temporary, storage_errors
+from encfs.erofs.structures import printable
+from encfs.erofs.writer import Entry, ErofsWriter, ImageSink
+from encfs.errors import SourceError
+from imagetool.tar.reader import Member, TarReader
+
+WHITEOUT_PREFIX: Final = b".wh."
+#: Everything with this prefix belongs to AUFS and is no entry, but for the marker of opaque directories.
+_META_PREFIX: Final = b".wh..wh."
+_OPAQUE_MARKER: Final = b".wh..wh..opq"
+#: What overlayfs reads of a directory, and what a layer must not set itself.
+_OVERLAY_PREFIX: Final = b"trusted.overlay."
+_OPAQUE: Final = b"trusted.overlay.opaque"
+_WHITEOUT_MODE: Final = stat.S_IFCHR
+_SHOWN: Final = 200
+#: Longest path in a layer (bytes): PATH_MAX without the NUL, beyond which container tools fail.
+_MAX_PATH: Final = 4095
+_MAX_MAJOR: Final = 1 << 12
+_MAX_MINOR: Final = 1 << 20
+
+_SCHEMA: Final = """
+CREATE TABLE hidden (path BLOB PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE opaque (path BLOB PRIMARY KEY) WITHOUT ROWID;
+"""
+
+
+class Notes(Protocol):
+    """Who wants to know how the archive is put together (`recipe.RecipeWriter`)."""
+
+    def literal(self, data: bytes) -> None: ...
+
+    def piece(self, offset: int, size: int) -> None: ...
+
+    def inherited(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Whiteout:
+    """`path` is hidden in the layers below; with `opaque` not itself, but everything in it."""
+
+    path: bytes
+    opaque: bool
+
+
+class Markers:
+    """The whiteouts of one layer, in a temporary database. Close it."""
+
+    def __init__(self) -> None:
+        self._database = open_temporary(_SCHEMA)
+
+    def add(self, marker: Whiteout) -> None:
+        table = "opaque" if marker.opaque else "hidden"
+        with storage_errors():
+            self._database.execute(f"INSERT OR IGNORE INTO {table} VALUES (?)", (marker.path,))  # noqa: S608
+
+    def hidden(self) -> Iterator[bytes]:
+        """Paths that are hidden in the layers below, in bytewise order."""
+        return self._select("SELECT path FROM hidden ORDER BY path")
+
+    def opaque(self) -> Iterator[bytes]:
+        """Directories whose contents in the layers below are hidden, in bytewise order."""
+        return self._select("SELECT path FROM opaque ORDER BY path")
+
+    def _select(self, query: str) -> Iterator[bytes]:
+        with storage_errors():
+            for (path,) in self._database.execute(query):
+                yield path
+
+    def close(self) -> None:
+        self._database.close()
+
+
+def write_layer(
+    source: TarReader,
+    sink: ImageSink,
+    image: ErofsWriter,
+    notes: Notes,
+    inherited: Callable[[bytes], Entry | None],
+) -> None:
+    """Add a whole archive to an image that writes to `sink` and replaces (`ErofsWriter`'s `replace`).
+
+    `inherited` knows a directory of the layers below: those that the archive implies without naming them get its
+    attributes, as overlayfs shows those of the uppermost layer that has the directory.
+    Raises: SourceError naming the path; StorageError; what source and sink raise.
+    """
+    markers = Markers()
+    try:
+        for member in source:
+            item = classify(member)
+            if isinstance(item, Whiteout):
+                markers.add(item)
+            elif item is not None:
+                image.add(item, _Contents(source, sink, notes), member.extents)
+        _apply(markers, image, notes, inherited)
+    finally:
+        markers.close()
+
+
+def _apply(markers: Markers, image: ErofsWriter, notes: Notes, inherited: Callable[[bytes], Entry | None]) -> None:
+    for path in markers.hidden():
+        kind = image.kind(path)
+        if kind is None:
+            image.add(Entry(path, _WHITEOUT_MODE))
+        elif kind == stat.S_IFDIR:
+            markers.add(Whiteout(path, opaque=True))
+    for path in markers.opaque():
+        if image.kind(path) is None:
+            # The directory is in a layer below: here it is one that only its contents imply.
+            image.imply_directory(path)
+    for path in image.implied_directories():
+        known = inherited(path)
+        if known is not None:
+            notes.inherited()
+            image.add(known)
+    for path in markers.opaque():
+        if image.kind(path) == stat.S_IFDIR:
+            image.set_directory_xattr(path, _OPAQUE, b"y")
+
+
+def classify(member: Member) -> Entry | Whiteout | None:
+    """What a member means: an entry, a marker, or nothing. Raises: SourceError naming the path."""
+    path = plain_path(member.name, member.name)
+    directory, slash, name = path.rpartition(b"/")
+    if name.startswith(_META_PREFIX):
+        return Whiteout(directory, opaque=True) if name == _OPAQUE_MARKER else None
+    if name.startswith(WHITEOUT_PREFIX):
+        hidden = name.removeprefix(WHITEOUT_PREFIX)
+        if hidden in (b"", b".", b".."):
+            raise SourceError(f"{_shown(path)}: a whiteout of nothing")
+        return Whiteout(directory + slash + hidden, opaque=False)
+    if not member.kind:
+        return Entry(path, 0, link_to=plain_path(member.link_name, member.name))
+    return Entry(
+        path,
+        member.kind | member.mode,
+        uid=member.uid,
+        gid=member.gid,
+        mtime_ns=member.mtime_ns,
+        size=member.size,
+        rdev=_device(path, member),
+        target=member.link_name if member.kind == stat.S_IFLNK else b"",
+        xattrs=_xattrs(path, member),
+    )
+
+
+def plain_path(name: bytes, shown: bytes) -> bytes:
+    """A name of an archive as a path of an image. Raises: SourceError where it leads out of the layer's root."""
+    parts = [part for part in name.split(b"/") if part not in (b"", b".")]
+    if name.startswith(b"/"):
+        raise SourceError(
+            f"{_shown(shown)}: {_shown(name)} is an absolute path", hint="the names in a layer are relative to its root"
+        )
+    if b".." in parts:
+        raise SourceError(
+            f"{_shown(shown)}: {_shown(name)} leads upwards with ..", hint="the names in a layer do not leave its root"
+        )
+    path = b"/".join(parts)
+    if len(path) > _MAX_PATH:
+        raise SourceError(f"{_shown(path)}: path of {len(path)} bytes, the limit is {_MAX_PATH}")
+    return path
+
+
+def _device(path: bytes, member: Member) -> int:
+    if member.kind not in (stat.S_IFCHR, stat.S_IFBLK):
+        return 0
+    if not (0 <= member.major < _MAX_MAJOR and 0 <= member.minor < _MAX_MINOR):
+        raise SourceError(f"{_shown(path)}: device number {member.major}:{member.minor} is out of range")
+    if member.kind == stat.S_IFCHR and member.major == member.minor == 0:
+        raise SourceError(f"{_shown(path)}: character device 0:0, which overlayfs takes for a whiteout")
+    return os.makedev(member.major, member.minor)
+
+
+def _xattrs(path: bytes, member: Member) -> tuple[tuple[bytes, bytes], ...]:
+    for name, _value in member.xattrs:
+        if name.startswith(_OVERLAY_PREFIX):
+            raise SourceError(f"{_shown(path)}: the attribute {printable(name)} is reserved for overlayfs")
+    return member.xattrs
+
+
+def _shown(path: bytes) -> str:
+    return printable(path) if len(path) <= _SHOWN else f"{printable(path[:_SHOWN])}..."
+
+
+class _Contents:
+    """A member's contents on their way into the image, noted where they go (`encfs.erofs.writer.DataSource`)."""
+
+    def __init__(self, source: TarReader, sink: ImageSink, notes: Notes) -> None:
+        self._source = source
+        self._sink = sink
+        self._notes = notes
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        position = self._sink.position
+        count = self._source.readinto(buffer)
+        if count:
+            self._notes.piece(position, count)
+        return count
