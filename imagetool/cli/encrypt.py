@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from encfs.commandline import size_option
 from encfs.commandparts import RegistryOptions
-from encfs.errors import FormatError, NotFoundError, UsageError
+from encfs.errors import FormatError, UsageError
 from encfs.terminal import Terminal
-from encfs.units import format_duration, format_size
+from imagetool.cli.encrypting import Job, encrypt_image, encrypt_path
 
 if TYPE_CHECKING:
     from encfs.keys.recipients import RecipientKey
-    from imagetool.pipeline.encrypt import EncryptResult
 
 _SERVICE = "keyprovider:"
 
@@ -44,7 +42,14 @@ PassphraseFileOption = Annotated[
 
 def command(
     terminal: Terminal,
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A directory or a file.", show_default=False)],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="A directory or a file; or a container image: docker://…, oci:PATH[:TAG], docker-archive:FILE.",
+            show_default=False,
+        ),
+    ],
     destination: Annotated[
         str,
         typer.Argument(
@@ -75,9 +80,14 @@ def command(
         Literal["blake3", "sha256"], typer.Option("--hash", metavar="blake3|sha256", help="The hash of the tree.")
     ] = "blake3",
     compress: Annotated[
-        Literal["none", "zstd"],
-        typer.Option("--compress", metavar="none|zstd", help="Compress frames where it pays; sizes then tell more."),
-    ] = "none",
+        Literal["none", "zstd"] | None,
+        typer.Option(
+            "--compress",
+            metavar="none|zstd",
+            help="Compress frames where it pays; sizes then tell more.  [default: zstd for images, none for the rest]",
+            show_default=False,
+        ),
+    ] = None,
     frame_size: Annotated[
         int | None, size_option("--frame-size", help="Bytes sealed together, a power of two.", default="32KiB")
     ] = None,
@@ -93,50 +103,70 @@ def command(
             show_default=False,
         ),
     ] = None,
+    platforms: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--platform",
+            metavar="OS/ARCH[/VARIANT]",
+            help="Of an image for several platforms take this one. Repeatable.  [default: all of them]",
+            show_default=False,
+        ),
+    ] = None,
+    max_layer_size: Annotated[
+        int | None,
+        size_option(
+            "--max-layer-size",
+            help="What a layer may unpack to.",
+            default="16GiB, or 64 times its size if that is more",
+        ),
+    ] = None,
     *,
     registry: RegistryOptions,
 ) -> None:
-    """Encrypt a directory or file into an OCI artifact. The tag moves last: nobody ever sees half an artifact."""
-    from encfs.format.frames import DEFAULT_FRAME_SIZE, check_frame_size
+    """Encrypt a directory, file or container image into an OCI artifact.
+
+    The tag moves last: nobody ever sees half an artifact.
+    """
     from encfs.format.suite import suite_by_hash
     from encfs.format.writer import DEFAULT_SEGMENT_SIZE, VolumeOptions
+    from encfs.image.manifest import parse_platform
     from encfs.keys.files import load_signing_key
     from encfs.oci.reference import parse_reference
-    from encfs.oci.store import open_sink
-    from imagetool.pipeline.encrypt import EncryptOptions, encrypt
+    from imagetool.pipeline.encrypt import EncryptOptions
+    from imagetool.pipeline.encrypt_image import ImageOptions
 
-    reference = parse_reference(destination)
-    if frame_size is not None:
-        try:
-            check_frame_size(frame_size)
-        except FormatError as error:
-            raise UsageError(f"--frame-size: {error.message}") from None
-    options = EncryptOptions(
-        artifact_id=artifact_id,
-        version=version,
-        volume=VolumeOptions(
-            suite=suite_by_hash(hash_name),
-            frame_size=DEFAULT_FRAME_SIZE if frame_size is None else frame_size,
-            segment_size=DEFAULT_SEGMENT_SIZE if segment_size is None else segment_size,
-            compress=compress == "zstd",
-        ),
-        exclude=tuple(exclude or ()),
+    origin, reference = parse_reference(source), parse_reference(destination)
+    is_image = origin.transport != "path"
+    if is_image and exclude:
+        raise UsageError("--exclude is for directories; an image is encrypted as it is")
+    if not is_image and (platforms or max_layer_size is not None):
+        raise UsageError("--platform and --max-layer-size are for container images", hint=f"write oci:{source}")
+    volume = VolumeOptions(
+        suite=suite_by_hash(hash_name),
+        frame_size=_checked_frame_size(frame_size),
+        segment_size=DEFAULT_SEGMENT_SIZE if segment_size is None else segment_size,
+        compress=is_image if compress is None else compress == "zstd",
     )
     signing = [load_signing_key(path) for path in signers or ()]
-    if not Path(source).exists():
-        # Before the layout is made.
-        raise NotFoundError(f"{source} does not exist", hint="give an existing directory or file")
-    with (
-        recipient_keys(terminal, recipients or (), passphrase_file) as keys,
-        closing(open_sink(reference, registry.store())) as sink,
-        terminal.progress() as progress,
-    ):
-        result = encrypt(
-            Path(source), sink, keys, signers=signing, options=options, tag=reference.tag, progress=progress
-        )
-    if not signing:
-        terminal.note("not signed: readers must pin the content digest, or sign it with 'imagetool sign'")
-    terminal.result(_document(str(reference), result), _lines(str(reference), result))
+    wanted = [parse_platform(text) for text in platforms or ()]
+    with recipient_keys(terminal, recipients or (), passphrase_file) as keys:
+        job = Job(origin, reference, keys, signing, registry)
+        if is_image:
+            encrypt_image(terminal, job, ImageOptions(artifact_id, version, volume, max_layer_size), wanted)
+        else:
+            encrypt_path(terminal, job, EncryptOptions(artifact_id, version, volume, tuple(exclude or ())))
+
+
+def _checked_frame_size(size: int | None) -> int:
+    from encfs.format.frames import DEFAULT_FRAME_SIZE, check_frame_size
+
+    if size is None:
+        return DEFAULT_FRAME_SIZE
+    try:
+        check_frame_size(size)
+    except FormatError as error:
+        raise UsageError(f"--frame-size: {error.message}") from None
+    return size
 
 
 @contextmanager
@@ -172,31 +202,3 @@ def recipient_keys(
                 "a post-quantum recipient stands beside one that is not: whoever breaks the weaker one reads everything"
             )
         yield keys
-
-
-def _document(reference: str, result: EncryptResult) -> dict[str, object]:
-    volume = result.content.volumes[0]
-    return {
-        "reference": reference,
-        "content_digest": result.content.digest,
-        "manifest_digest": result.manifest.digest,
-        "id": result.content.id,
-        "version": result.content.version,
-        "root": volume.root.hex(),
-        "source_size": result.source_size,
-        "image_size": result.image_size,
-        "stored_size": result.stored_size,
-        "files": result.files,
-        "seconds": round(result.seconds, 3),
-    }
-
-
-def _lines(reference: str, result: EncryptResult) -> list[str]:
-    rate = result.image_size / result.seconds if result.seconds else 0.0
-    took = f"{format_duration(result.seconds)} ({format_size(int(rate))}/s)"
-    return [
-        f"{reference}: {result.files} files, {format_size(result.source_size)} in {took}",
-        f"id              {result.content.id}, version {result.content.version}",
-        f"content digest  {result.content.digest}",
-        f"manifest        {result.manifest.digest}",
-    ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -20,15 +20,14 @@ from encfs.erofs.spool import open_temporary, storage_errors
 from encfs.erofs.structures import printable
 from encfs.erofs.writer import Entry, ErofsWriter, ImageSink
 from encfs.errors import SourceError
+from encfs.image.conventions import OPAQUE, PREFIX
+from imagetool.tar.below import DirectoriesBelow
 from imagetool.tar.reader import Member, TarReader
 
 WHITEOUT_PREFIX: Final = b".wh."
 #: Everything with this prefix belongs to AUFS and is no entry, but for the marker of opaque directories.
 _META_PREFIX: Final = b".wh..wh."
 _OPAQUE_MARKER: Final = b".wh..wh..opq"
-#: What overlayfs reads of a directory, and what a layer must not set itself.
-_OVERLAY_PREFIX: Final = b"trusted.overlay."
-_OPAQUE: Final = b"trusted.overlay.opaque"
 _WHITEOUT_MODE: Final = stat.S_IFCHR
 _SHOWN: Final = 200
 #: Longest path in a layer (bytes): PATH_MAX without the NUL, beyond which container tools fail.
@@ -93,12 +92,12 @@ def write_layer(
     sink: ImageSink,
     image: ErofsWriter,
     notes: Notes,
-    inherited: Callable[[bytes], Entry | None],
+    below: DirectoriesBelow,
 ) -> None:
     """Add a whole archive to an image that writes to `sink` and replaces (`ErofsWriter`'s `replace`).
 
-    `inherited` knows a directory of the layers below: those that the archive implies without naming them get its
-    attributes, as overlayfs shows those of the uppermost layer that has the directory.
+    Directories that the archive implies without naming them get the attributes that `below` knows of the layers below;
+    it is told of this layer.
     Raises: SourceError naming the path; StorageError; what source and sink raise.
     """
     markers = Markers()
@@ -109,13 +108,18 @@ def write_layer(
                 markers.add(item)
             elif item is not None:
                 image.add(item, _Contents(source, sink, notes), member.extents)
-        _apply(markers, image, notes, inherited)
+                if stat.S_ISDIR(item.mode):
+                    below.directory(item)
+                else:
+                    below.other(item.path)
+        _apply(markers, image, notes, below)
     finally:
         markers.close()
 
 
-def _apply(markers: Markers, image: ErofsWriter, notes: Notes, inherited: Callable[[bytes], Entry | None]) -> None:
+def _apply(markers: Markers, image: ErofsWriter, notes: Notes, below: DirectoriesBelow) -> None:
     for path in markers.hidden():
+        below.hidden(path)
         kind = image.kind(path)
         if kind is None:
             image.add(Entry(path, _WHITEOUT_MODE))
@@ -126,13 +130,16 @@ def _apply(markers: Markers, image: ErofsWriter, notes: Notes, inherited: Callab
             # The directory is in a layer below: here it is one that only its contents imply.
             image.imply_directory(path)
     for path in image.implied_directories():
-        known = inherited(path)
+        known = below.find(path)
         if known is not None:
             notes.inherited()
             image.add(known)
+            below.directory(known)
     for path in markers.opaque():
+        below.emptied(path)
         if image.kind(path) == stat.S_IFDIR:
-            image.set_directory_xattr(path, _OPAQUE, b"y")
+            image.set_directory_xattr(path, OPAQUE, b"y")
+    below.commit()
 
 
 def classify(member: Member) -> Entry | Whiteout | None:
@@ -190,7 +197,7 @@ def _device(path: bytes, member: Member) -> int:
 
 def _xattrs(path: bytes, member: Member) -> tuple[tuple[bytes, bytes], ...]:
     for name, _value in member.xattrs:
-        if name.startswith(_OVERLAY_PREFIX):
+        if name.startswith(PREFIX):
             raise SourceError(f"{_shown(path)}: the attribute {printable(name)} is reserved for overlayfs")
     return member.xattrs
 

@@ -15,7 +15,8 @@ from typing import IO, Final, Protocol
 
 import zstandard
 
-from encfs.erofs.reader import ErofsReader, Inode
+from encfs.erofs.reader import ErofsReader
+from encfs.erofs.tree import Inode
 from encfs.erofs.writer import Entry, ErofsWriter, ImageSink
 from encfs.errors import FormatError, StorageError
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 
 class ByteStream:
     """What comes out of an iterator of pieces (`imagetool.tar.reader.Input`)."""
 
-    def __init__(self, pieces: Iterator[bytes], advance: Callable[[int], None]) -> None:
-        """`advance` hears of the bytes that came."""
+    def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
-        self._advance = advance
         self._piece = memoryview(b"")
         self._hash = hashlib.sha256()
         self.size = 0
@@ -24,7 +22,6 @@ class ByteStream:
             if piece is None:
                 return 0
             self.size += len(piece)
-            self._advance(len(piece))
             self._hash.update(piece)
             self._piece = memoryview(piece)
         count = min(len(buffer), len(self._piece))

@@ -1,0 +1,152 @@
+"""The two things that `encrypt` does, and what is printed of them: a path, or a container image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from encfs.commandparts import RegistryOptions
+from encfs.errors import NotFoundError
+from encfs.terminal import Terminal
+from encfs.units import format_duration, format_size
+
+if TYPE_CHECKING:
+    from encfs.image.manifest import Platform
+    from encfs.keys.jwk import PrivateKey
+    from encfs.keys.recipients import RecipientKey
+    from encfs.oci.reference import Reference
+    from imagetool.pipeline.encrypt import EncryptOptions, EncryptResult
+    from imagetool.pipeline.encrypt_image import ImageOptions, ImagesResult
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """From where to where, and for whom."""
+
+    source: Reference
+    destination: Reference
+    recipients: Sequence[RecipientKey]
+    signers: Sequence[PrivateKey]
+    registry: RegistryOptions
+
+
+def encrypt_path(terminal: Terminal, job: Job, options: EncryptOptions) -> None:
+    """Encrypt a directory or file, and print the outcome. Raises: as `imagetool.pipeline.encrypt.encrypt`."""
+    from encfs.oci.store import open_sink
+    from imagetool.pipeline.encrypt import encrypt
+
+    source = Path(job.source.path)
+    if not source.exists():
+        # Before the layout is made.
+        raise NotFoundError(f"{source} does not exist", hint="give an existing directory or file")
+    with closing(open_sink(job.destination, job.registry.store())) as sink, terminal.progress() as progress:
+        result = encrypt(
+            source,
+            sink,
+            job.recipients,
+            signers=job.signers,
+            options=options,
+            tag=job.destination.tag,
+            progress=progress,
+        )
+    _note_unsigned(terminal, job)
+    terminal.result(_path_document(str(job.destination), result), _path_lines(str(job.destination), result))
+
+
+def encrypt_image(terminal: Terminal, job: Job, options: ImageOptions, platforms: Sequence[Platform]) -> None:
+    """Encrypt a container image, and print the outcome. Raises: as `imagetool.pipeline.encrypt_image`."""
+    from encfs.oci.store import open_sink
+    from imagetool.pipeline.encrypt_image import encrypt_images
+    from imagetool.sources.image import opened_images
+
+    store = job.registry.store()
+    with (
+        opened_images(job.source, store, platforms) as images,
+        closing(open_sink(job.destination, store)) as sink,
+        terminal.progress() as progress,
+    ):
+        result = encrypt_images(
+            images,
+            sink,
+            job.recipients,
+            signers=job.signers,
+            options=options,
+            tag=job.destination.tag,
+            progress=progress,
+        )
+    _note_unsigned(terminal, job)
+    terminal.result(_image_document(str(job.destination), result), _image_lines(str(job.destination), result))
+
+
+def _note_unsigned(terminal: Terminal, job: Job) -> None:
+    if not job.signers:
+        terminal.note("not signed: readers must pin the content digest, or sign it with 'imagetool sign'")
+
+
+def _path_document(reference: str, result: EncryptResult) -> dict[str, object]:
+    volume = result.content.volumes[0]
+    return {
+        "reference": reference,
+        "content_digest": result.content.digest,
+        "manifest_digest": result.manifest.digest,
+        "id": result.content.id,
+        "version": result.content.version,
+        "root": volume.root.hex(),
+        "source_size": result.source_size,
+        "image_size": result.image_size,
+        "stored_size": result.stored_size,
+        "files": result.files,
+        "seconds": round(result.seconds, 3),
+    }
+
+
+def _path_lines(reference: str, result: EncryptResult) -> list[str]:
+    rate = result.image_size / result.seconds if result.seconds else 0.0
+    took = f"{format_duration(result.seconds)} ({format_size(int(rate))}/s)"
+    return [
+        f"{reference}: {result.files} files, {format_size(result.source_size)} in {took}",
+        f"id              {result.content.id}, version {result.content.version}",
+        f"content digest  {result.content.digest}",
+        f"manifest        {result.manifest.digest}",
+    ]
+
+
+def _image_document(reference: str, result: ImagesResult) -> dict[str, object]:
+    content = result.images[0].content
+    return {
+        "reference": reference,
+        "manifest_digest": result.manifest.digest,
+        "index": result.is_index,
+        "id": content.id,
+        "version": content.version,
+        "images": [
+            {
+                "platform": str(image.platform),
+                "content_digest": image.content.digest,
+                "manifest_digest": image.manifest.digest,
+                "layers": image.layers,
+                "layers_reused": image.reused,
+            }
+            for image in result.images
+        ],
+        "source_size": result.source_size,
+        "stored_size": result.stored_size,
+        "seconds": round(result.seconds, 3),
+    }
+
+
+def _image_lines(reference: str, result: ImagesResult) -> list[str]:
+    content = result.images[0].content
+    sizes = f"{format_size(result.source_size)} stored as {format_size(result.stored_size)}"
+    lines = [
+        f"{reference}: {sizes} in {format_duration(result.seconds)}",
+        f"id              {content.id}, version {content.version}",
+        f"manifest        {result.manifest.digest}{' (index)' if result.is_index else ''}",
+    ]
+    for image in result.images:
+        reused = f", {image.reused} taken over" if image.reused else ""
+        lines.append(f"content digest  {image.content.digest} ({image.platform}, {image.layers} layers{reused})")
+    return lines
