@@ -123,7 +123,7 @@ def command(
     *,
     registry: RegistryOptions,
 ) -> None:
-    """Encrypt a directory, file or container image into an OCI artifact.
+    """Encrypt a directory, file or image into an OCI artifact.
 
     The tag moves last: nobody ever sees half an artifact.
     """

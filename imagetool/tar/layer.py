@@ -171,7 +171,8 @@ def classify(member: Member) -> Entry | Whiteout | None:
 def plain_path(name: bytes, shown: bytes) -> bytes:
     """A name of an archive as a path of an image. Raises: SourceError where it leads out of the layer's root."""
     parts = [part for part in name.split(b"/") if part not in (b"", b".")]
-    if name.startswith(b"/"):
+    # A lone slash is the root itself: umoci writes it so.
+    if name.startswith(b"/") and parts:
         raise SourceError(
             f"{_shown(shown)}: {_shown(name)} is an absolute path", hint="the names in a layer are relative to its root"
         )

@@ -157,7 +157,8 @@ class TarReader:
                 size = min(self._left, _SKIP_SIZE)
                 self._read(size)
                 self._left -= size
-            self._read(self._padding)
+            # What umoci writes ends without it.
+            self._literal(self._take(self._padding))
         self._left = self._padding = 0
 
     # -- members
