@@ -23,7 +23,8 @@ $(STAMP): pyproject.toml scripts/install-packages
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-demo: $(STAMP)  ## Encrypt, search, mount, load and tamper with a model made on the spot
+demo: $(STAMP)  ## Encrypt, search, mount, push, load and tamper with a model made on the spot
+	scripts/install-packages demo
 	$(BIN)/python scripts/demo.py
 
 test: $(STAMP)  ## Run all tests

@@ -1,4 +1,4 @@
-"""The whole way of an artifact on one machine: make a model, encrypt, sign, search, mount, load, tamper, refuse.
+"""The whole way of an artifact on one machine: make a model, encrypt, sign, search, mount, push, load, refuse, tamper.
 
 Run by `make demo`. Every claim that is printed is checked; the exit code is 1 if one of them is false.
 """
@@ -6,18 +6,21 @@ Run by `make demo`. Every claim that is printed is checked; the exit code is 1 i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import filecmp
 import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
@@ -169,6 +172,107 @@ def loading(model: Path, mount: Path) -> None:
     claim(done.returncode == 0, f"its code runs from the mount: {done.stdout.strip()}")
 
 
+@contextlib.contextmanager
+def local_registry(work: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Debian's docker-registry on a free loopback port: its address, and the process, which may be ended before."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{listener.getsockname()[1]}"
+    config = {
+        "version": 0.1,
+        "log": {"level": "error"},
+        "storage": {"filesystem": {"rootdirectory": str((work / "registry").absolute())}},
+        "http": {"addr": host, "secret": "of this demonstration"},
+    }
+    file = work / "registry.yml"
+    file.write_text(json.dumps(config))  # JSON is YAML
+    with open(work / "registry.log", "wb") as log:
+        server = subprocess.Popen(["docker-registry", "serve", file], stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 20
+        while not answers(host):
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise ClaimError("docker-registry serves: " + (work / "registry.log").read_text())
+            time.sleep(0.05)
+        yield host, server
+    finally:
+        server.kill()
+        server.wait()
+
+
+def answers(host: str) -> bool:
+    name, port = host.split(":")
+    try:
+        socket.create_connection((name, int(port)), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def one_tensor(model: Path, mount: Path) -> None:
+    """Load a single tensor as an inference server would, from the mount and from the original."""
+    name = f"chat.layers.{LAYERS - 1}.attention.o_proj.weight"
+    started = time.monotonic()
+    with safe_open(mount / MODEL_FILE, framework="np") as opened:
+        tensor = opened.get_tensor(name)
+    seconds = time.monotonic() - started
+    with safe_open(model / MODEL_FILE, framework="np") as opened:
+        claim(np.array_equal(tensor, opened.get_tensor(name)), f"{name} is there in {seconds:.2f} s")
+
+
+def fetched(mount: Path) -> int:
+    """Bytes of stored frames that a mount has read so far."""
+    [status] = [item for item in mounts() if item["mountpoint"] == str(mount.absolute())]
+    return int(status["stats"]["bytes_fetched"])
+
+
+def mounts() -> list[dict[str, Any]]:
+    listed: list[dict[str, Any]] = json.loads(run("encfs", "status", "--json"))["mounts"]
+    return listed
+
+
+def through_a_registry(work: Path, model: Path, layout: str, open_with: tuple[str | Path, ...]) -> None:
+    """Push, mount lazily, fetch the rest, and read on when the registry is gone."""
+    mount, cache = work / "from-registry", work / "cache"
+    mount.mkdir()
+    reached = ("--plain-http", "--cache-dir", cache)
+    with local_registry(work) as (host, server):
+        remote = f"docker://{host}/acme/chat:v3"
+        show(run("imagetool", "push", layout, remote, "--plain-http"), only="copied")
+        inspected = json.loads(run("imagetool", "inspect", remote, "--plain-http", "--json"))
+        size = sum(part["size"] for volume in inspected["volumes"] for part in volume["segments"])
+        started = time.monotonic()
+        run("encfs", "mount", remote, mount, *open_with, *reached)
+        try:
+            say(f"     mounted in {time.monotonic() - started:.2f} s")
+            one_tensor(model, mount)
+            part = fetched(mount)
+            claim(part < size / 4, f"for that, {megabytes(part)} of {megabytes(size)} were fetched")
+            claim(directory_size(cache) < size / 4, f"the cache holds {megabytes(directory_size(cache))}")
+            show(run("imagetool", "pull", remote, *reached), only="fetched")
+            server.kill()
+            server.wait()
+            claim(not answers(host), "the registry is stopped, and the mount reads on:")
+            loading(model, mount)
+        finally:
+            run("encfs", "umount", mount)
+        run("encfs", "mount", remote, mount, *open_with, *reached, "--io-timeout", "2")
+        try:
+            equal = filecmp.cmp(model / MODEL_FILE, mount / MODEL_FILE, shallow=False)
+            claim(equal, "a new mount works without the registry, too")
+        finally:
+            run("encfs", "umount", mount)
+
+
+def directory_size(directory: Path) -> int:
+    """Bytes of disk space that its files take up."""
+    return sum(path.stat().st_blocks * 512 for path in files(directory))
+
+
 def tamper(layout: Path) -> None:
     """Flip one bit in the middle of the largest blob."""
     blob = max(files(layout), key=lambda path: path.stat().st_size)
@@ -226,7 +330,10 @@ def demonstrate(work: Path) -> None:
     finally:
         run("encfs", "umount", mount)
 
-    step(6, "Who is refused")
+    step(6, "Push it to a registry, mount it from there, and stop the registry")
+    through_a_registry(work, model, reference, ("-k", work / "alice.jwk", *trust))
+
+    step(7, "Who is refused")
     run("imagetool", "keygen", "-o", work / "eve.jwk")
     run("imagetool", "keygen", "-o", work / "mallory.jwk", "--type", "ed25519")
     show(run("encfs", "ls", reference, "-k", work / "eve.jwk", *trust, code=22))
@@ -235,7 +342,7 @@ def demonstrate(work: Path) -> None:
     newer = (*trust[:-1], "4")
     show(run("encfs", "ls", reference, "-k", work / "bob.jwk", *newer, code=33))
 
-    step(7, "Somebody flips one bit in the store")
+    step(8, "Somebody flips one bit in the store")
     tamper(layout)
     show(run("imagetool", "verify", reference, code=11))
     mounted = run("encfs", "mount", reference, mount, "-k", work / "alice.jwk", *trust, "--json")
@@ -252,6 +359,9 @@ def main() -> int:
     options = parser.parse_args()
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         say("the demo mounts through FUSE, and /dev/fuse cannot be opened here (in a container: --device /dev/fuse)")
+        return 1
+    if shutil.which("docker-registry") is None:
+        say("the demo needs docker-registry: scripts/install-packages demo")
         return 1
     if options.work.exists():
         shutil.rmtree(options.work)

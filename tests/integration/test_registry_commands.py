@@ -87,7 +87,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def encrypt(place: Path, reference: str, *words: str) -> dict[str, Any]:
-    signed = ["--sign", "owner.jwk", "--id", "acme/chat", "--segment-size", "8MiB"]
+    signed = ["--sign", "owner.jwk", "--id", "acme/chat", "--artifact-version", "1", "--segment-size", "8MiB"]
     return answer(place, "encrypt", "model", reference, "-r", "alice.jwk.pub", *signed, *words)
 
 
@@ -150,6 +150,22 @@ def test_mounted_from_the_registry(place: Path, server: DockerRegistry) -> None:
                 assert mounted.read(10_000) == original.read(10_000)
     finally:
         run(place, "encfs", "umount", "mnt")
+
+
+def test_lines_of_the_readme(place: Path, server: DockerRegistry) -> None:
+    """Word for word but for the host, its lack of TLS, and names that are taken."""
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    section = text.split("\n## Registries\n")[1].split("\n## ")[0]
+    lines = [line.split() for line in section.splitlines() if line.startswith("    ")]
+    assert len(lines) == 5
+    (place / "readme").mkdir()
+    for program, *words in lines:
+        words = [word.replace("HOST", f"{server.host}/readme") for word in words]
+        run(place, program, *(str(place / "readme") if word == "mnt" else word for word in words), PLAIN)
+    try:
+        assert (place / "readme/config.json").read_text() == "{}\n"
+    finally:
+        run(place, "encfs", "umount", "readme")
 
 
 def test_pulled_into_the_cache_it_is_read_without_the_registry(place: Path, tmp_path: Path) -> None:

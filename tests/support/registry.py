@@ -168,6 +168,16 @@ class OciServer(Server):
 
     @staticmethod
     @functools.cache
+    def can_be_built() -> bool:
+        """Whether there is a Go that is new enough."""
+        if shutil.which("go") is None:
+            return False
+        said = subprocess.run(["go", "version"], capture_output=True, text=True, check=False).stdout
+        found = re.match(r"go version go1\.(\d+)", said)
+        return found is not None and int(found[1]) >= 24
+
+    @staticmethod
+    @functools.cache
     def program() -> str:
         """Its path, built if need be."""
         script = Path(__file__).parents[2] / "scripts/build-test-registry"

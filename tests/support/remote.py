@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +24,8 @@ SEGMENT = "application/vnd.encfs.segment.v1"
 PLAIN = StoreOptions(plain_http=True, io_timeout=10.0)
 
 needs_registries = pytest.mark.skipif(
-    DOCKER_REGISTRY is None or shutil.which("go") is None,
-    reason="docker-registry, or Go to build the second registry of the tests, is not installed",
+    DOCKER_REGISTRY is None or not OciServer.can_be_built(),
+    reason="docker-registry, or Go 1.24 to build the second registry of the tests, is not installed",
 )
 needs_docker_registry = pytest.mark.skipif(DOCKER_REGISTRY is None, reason="docker-registry is not installed")
 
