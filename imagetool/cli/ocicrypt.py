@@ -46,7 +46,8 @@ RecipientsOption = Annotated[
         "-r",
         "--recipient",
         metavar="RECIPIENT",
-        help="Who can decrypt: a public key file, provider:NAME[:PARAMS], coco:kbs:///REPO/TYPE/TAG. Repeatable.",
+        help="Who can decrypt: a public key or certificate file, pgp:NAME, provider:NAME[:PARAMS], "
+        "coco:kbs:///REPO/TYPE/TAG. Repeatable.",
         show_default=False,
     ),
 ]
@@ -56,7 +57,7 @@ KeysOption = Annotated[
         "-k",
         "--key",
         metavar="KEYURI",
-        help="What decrypts: a private key file, provider:NAME[:PARAMS], a key URI of a KEK. Repeatable.",
+        help="What decrypts: a private key file, pgp:, provider:NAME[:PARAMS], a key URI of a KEK. Repeatable.",
         show_default=False,
     ),
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from encfs.errors import FormatError
 from encfs.strictjson import show_name
-from imagetool.ocicrypt import jwe, packets
+from imagetool.ocicrypt import jwe, packets, pgp
 from imagetool.ocicrypt.options import Element
 
 
@@ -13,6 +13,13 @@ def describe(element: Element) -> list[str]:
     try:
         if element.scheme == "jwe":
             return [_describe_jwe(recipient) for recipient in jwe.parse(element.content).recipients]
+        if element.scheme == "pkcs7":
+            from imagetool.ocicrypt import pkcs7  # slow to import
+
+            # One line for all of them: they cannot be removed one by one.
+            return ["; ".join(pkcs7.describe(element.content))]
+        if element.scheme == "pgp":
+            return pgp.describe(element.content)
         if element.scheme == f"provider.{packets.PROVIDER}":
             return [f"key {packets.parse(element.content).kid}"]
     except FormatError as error:

@@ -2,7 +2,10 @@
 
 | text | recipient | key |
 |---|---|---|
-| `FILE`, `jwe:FILE`, `file:FILE` | a public key: JWE | a private key: JWE; a symmetric one: packets of CoCo |
+| `FILE`, `jwe:FILE`, `file:FILE` | a public key: JWE | a private key: JWE, PKCS #7; a symmetric one: packets of CoCo |
+| `FILE`, `pkcs7:FILE` | a certificate: PKCS #7 | |
+| `pgp:NAME` | a key in gpg's keyring: OpenPGP | |
+| `pgp:` | | whatever gpg decrypts |
 | `coco:kbs:///REPOSITORY/TYPE/TAG` | a KEK given beside it: packets of CoCo | |
 | `kbs:…`, `cdh:…`, `tpm2:…`, … | | a KEK that is fetched: packets of CoCo |
 | `provider:NAME[:PARAMETERS]`, `keyprovider:…` | a key provider | a key provider |
@@ -13,12 +16,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from cryptography.hazmat.primitives.asymmetric import rsa
+
 from encfs.errors import IntegrityError, KeyFileError, MissingKeyError, WrongKeyError
 from encfs.keyprovider.client import KeyService, parse_service
 from encfs.keys.providers import known_schemes
 from encfs.keys.secrets import SymmetricKey
 from encfs.strictjson import show_name
-from imagetool.ocicrypt import jwe, packets
+from imagetool.ocicrypt import jwe, packets, pgp
 from imagetool.ocicrypt.keyfiles import Certificate, PublicFile, load_private, load_public
 from imagetool.ocicrypt.keyservice import kek_from_uri
 from imagetool.ocicrypt.options import Element
@@ -36,6 +41,36 @@ class JweRecipient:
 
     def wrap(self, options: bytearray) -> bytes:
         return jwe.encrypt(options, self.file.key, self.file.algorithm)
+
+    def close(self) -> None:
+        return
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateRecipient:
+    """An X.509 certificate."""
+
+    certificate: Certificate
+    scheme: str = "pkcs7"
+
+    def wrap(self, options: bytearray) -> bytes:
+        from imagetool.ocicrypt import pkcs7  # its ASN.1 is slow to import, and needed by few
+
+        return pkcs7.encrypt(options, self.certificate)
+
+    def close(self) -> None:
+        return
+
+
+@dataclass(frozen=True, slots=True)
+class PgpRecipient:
+    """A key in gpg's public keyring."""
+
+    recipient: str
+    scheme: str = "pgp"
+
+    def wrap(self, options: bytearray) -> bytes:
+        return pgp.encrypt(options, self.recipient)
 
     def close(self) -> None:
         return
@@ -81,10 +116,30 @@ class PrivateKeyOpener:
     key: jwe.JwePrivateKey = field(repr=False)
 
     def handles(self, scheme: str) -> bool:
-        return scheme == "jwe"
+        return scheme == "jwe" or (scheme == "pkcs7" and isinstance(self.key, rsa.RSAPrivateKey))
 
     def unwrap(self, element: Element) -> bytearray:
+        if element.scheme == "pkcs7" and isinstance(self.key, rsa.RSAPrivateKey):
+            from imagetool.ocicrypt import pkcs7
+
+            return pkcs7.decrypt(element.content, self.key, self.name)
         return jwe.decrypt(jwe.parse(element.content), self.key, self.name)
+
+    def close(self) -> None:
+        return
+
+
+@dataclass(frozen=True, slots=True)
+class PgpOpener:
+    """gpg, with the secret keys that it has."""
+
+    name: str = "gpg"
+
+    def handles(self, scheme: str) -> bool:
+        return scheme == "pgp"
+
+    def unwrap(self, element: Element) -> bytearray:
+        return pgp.decrypt(element.content)
 
     def close(self) -> None:
         return
@@ -159,9 +214,27 @@ def parse_opener(text: str) -> Opener:
 
 def _file_recipient(path: str) -> Recipient:
     key = load_public(path)
+    return CertificateRecipient(key) if isinstance(key, Certificate) else JweRecipient(key)
+
+
+def _jwe_recipient(path: str) -> Recipient:
+    key = load_public(path)
     if isinstance(key, Certificate):
-        raise KeyFileError(f"{path} is a certificate, not a key")
+        raise KeyFileError(f"{path} is a certificate, not a key", hint=f"write pkcs7:{path}")
     return JweRecipient(key)
+
+
+def _certificate_recipient(path: str) -> Recipient:
+    key = load_public(path)
+    if not isinstance(key, Certificate):
+        raise KeyFileError(f"{path} is no certificate", hint=f"write jwe:{path}")
+    return CertificateRecipient(key)
+
+
+def _pgp_opener(rest: str) -> Opener:
+    if rest:
+        raise KeyFileError("pgp: is followed by something", hint="write pgp: alone; GNUPGHOME says which keyring")
+    return PgpOpener()
 
 
 def _packet_recipient(rest: str, kek: str | None) -> Recipient:
@@ -177,13 +250,16 @@ def _file_opener(path: str) -> Opener:
 
 
 _RECIPIENTS: Mapping[str, Callable[[str], Recipient]] = {
-    "jwe": _file_recipient,
+    "jwe": _jwe_recipient,
+    "pkcs7": _certificate_recipient,
+    "pgp": PgpRecipient,
     "file": _file_recipient,
     "provider": lambda rest: ServiceRecipient(parse_service(rest)),
     "keyprovider": lambda rest: ServiceRecipient(parse_service(rest)),
 }
 _OPENERS: Mapping[str, Callable[[str], Opener]] = {
     "file": _file_opener,
+    "pgp": _pgp_opener,
     "provider": lambda rest: ServiceOpener(parse_service(rest)),
     "keyprovider": lambda rest: ServiceOpener(parse_service(rest)),
 }

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from encfs.errors import KeyFileError, KeyProviderError, WrongKeyError
 from encfs.image.compression import Compression
+from encfs.oci.layout import Layout
+from imagetool.ocicrypt.edit import list_recipients
 from tests.support.container_images import (
     KeyPair,
     Store,
     archive,
+    gnupg,
+    make_certificate,
     make_image,
     make_key,
+    needs_gpg,
     run_decrypt,
     run_encrypt,
     skopeo_copy,
@@ -144,6 +154,103 @@ def test_an_image_of_umocis_goes_both_ways_and_is_unpacked(keys: Mapping[str, Ke
     assert (unpacked / "second" / "sh").is_file()
     assert (unpacked / "link").is_symlink()
     assert (unpacked / "setuid").stat().st_mode & 0o7777 == 0o4711
+
+
+# -- PKCS #7 and OpenPGP
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Somebody with a key of each kind that skopeo knows. `options` are skopeo's for decrypting, by kind."""
+
+    recipients: Mapping[str, str]
+    keys: Mapping[str, str]
+    options: Mapping[str, list[object]]
+
+
+@pytest.fixture(scope="module")
+def holder(tmp_path_factory: pytest.TempPathFactory, keys: Mapping[str, KeyPair]) -> Iterator[Holder]:
+    directory = tmp_path_factory.mktemp("holder")
+    certificate = make_certificate(directory)
+    with pytest.MonkeyPatch.context() as patch, gnupg(directory / "gnupg", "holder@example.org") as secret_key:
+        patch.setenv("GNUPGHOME", str(directory / "gnupg"))
+        yield Holder(
+            {
+                "jwe": f"jwe:{keys['p256'].public}",
+                "pkcs7": f"pkcs7:{certificate.public}",
+                "pgp": "pgp:holder@example.org",
+            },
+            {"jwe": str(keys["p256"].private), "pkcs7": str(certificate.private), "pgp": "pgp:"},
+            {
+                "jwe": ["--decryption-key", keys["p256"].private],
+                "pkcs7": ["--decryption-key", certificate.private, "--decryption-key", certificate.public],
+                "pgp": ["--decryption-key", secret_key],
+            },
+        )
+
+
+SCHEMES = ("jwe", "pkcs7", "pgp")
+
+
+@needs_gpg
+@pytest.mark.parametrize("scheme", ["pkcs7", "pgp"])
+def test_other_kinds_of_recipients_of_skopeos(store: Store, holder: Holder, scheme: str, tmp_path: Path) -> None:
+    theirs, plain = Store(tmp_path / "theirs"), Store(tmp_path / "plain")
+    skopeo_copy(store.reference("made"), theirs.reference("x"), "--encryption-key", holder.recipients[scheme])
+    run_decrypt(theirs.reference("x"), plain.reference("x"), [holder.keys[scheme]])
+    _assert_same(store, "made", plain, "x")
+    with pytest.raises(WrongKeyError, match=f"is encrypted for {scheme}, which"):
+        run_decrypt(theirs.reference("x"), plain.reference("y"), [holder.keys["jwe"]])
+
+
+@needs_gpg
+def test_all_kinds_at_once_in_both_directions(store: Store, holder: Holder, tmp_path: Path) -> None:
+    ours, theirs, plain = Store(tmp_path / "ours"), Store(tmp_path / "theirs"), Store(tmp_path / "plain")
+    run_encrypt(store.reference("made"), ours.reference("x"), list(holder.recipients.values()))
+    options = [option for recipient in holder.recipients.values() for option in ("--encryption-key", recipient)]
+    skopeo_copy(store.reference("made"), theirs.reference("x"), *options)
+    for encrypted in (ours, theirs):
+        annotations = encrypted.manifest("x").layers[0].annotations
+        assert {name.rpartition(".")[2] for name in annotations} == {"pubopts", *SCHEMES}
+    for scheme in SCHEMES:
+        skopeo_copy(ours.reference("x"), plain.reference(f"ours-{scheme}"), *holder.options[scheme])
+        run_decrypt(theirs.reference("x"), plain.reference(f"theirs-{scheme}"), [holder.keys[scheme]])
+        run_decrypt(ours.reference("x"), plain.reference(f"both-{scheme}"), [holder.keys[scheme]])
+        for tag in (f"ours-{scheme}", f"theirs-{scheme}", f"both-{scheme}"):
+            _assert_same(store, "made", plain, tag)
+    with closing(Layout(theirs.path, tag="x")) as layout:
+        (image,) = list_recipients(layout)
+    assert {entry.scheme for entry in image.layers[0].entries} == set(SCHEMES)
+    descriptions = {entry.scheme: entry.description for entry in image.layers[0].entries}
+    assert descriptions["pkcs7"].startswith("issuer 'CN=holder' serial ")
+    assert descriptions["pgp"].startswith("keys ")
+
+
+@needs_gpg
+def test_gpg_says_what_is_wrong(store: Store, holder: Holder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Store(tmp_path / "ours")
+    with pytest.raises(KeyFileError, match=r"gpg cannot encrypt to 'nobody@example\.org': .*No public key"):
+        run_encrypt(store.reference("made"), ours.reference("x"), ["pgp:nobody@example.org"])
+    run_encrypt(store.reference("made"), ours.reference("x"), [holder.recipients["pgp"]])
+    reference = ours.change("x", _alter_pgp)
+    with pytest.raises(WrongKeyError, match="gpg does not decrypt it"):
+        run_decrypt(reference, ours.reference("no"), ["pgp:"])
+    monkeypatch.setenv("GNUPGHOME", str(tmp_path / "empty"))
+    (tmp_path / "empty").mkdir(mode=0o700)
+    with pytest.raises(WrongKeyError, match="No secret key"):
+        run_decrypt(ours.reference("x"), ours.reference("no"), ["pgp:"])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(KeyProviderError, match="gpg cannot be started"):
+        run_decrypt(ours.reference("x"), ours.reference("no"), ["pgp:"])
+    assert "no" not in ours.tags()
+
+
+def _alter_pgp(document: dict[str, Any]) -> None:
+    name = "org.opencontainers.image.enc.keys.pgp"
+    for layer in document["layers"]:
+        content = bytearray(base64.b64decode(layer["annotations"][name]))
+        content[-30] ^= 1
+        layer["annotations"][name] = base64.b64encode(content).decode()
 
 
 def test_manifests_keep_what_is_theirs(store: Store, keys: Mapping[str, KeyPair], tmp_path: Path) -> None:

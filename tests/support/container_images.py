@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import zstandard
-from cryptography.hazmat.primitives import serialization
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from encfs.image.compression import Compression
@@ -187,6 +191,52 @@ def make_key(directory: Path, kind: str) -> KeyPair:
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     return pair
+
+
+def make_certificate(directory: Path, name: str = "holder") -> KeyPair:
+    """A self-signed certificate of an RSA key, and the key."""
+    key = rsa.generate_private_key(65537, 2048)
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    pair = KeyPair(directory / f"{name}.crt", directory / f"{name}.key")
+    pair.public.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    pair.private.touch(0o600)
+    pair.private.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return pair
+
+
+needs_gpg = pytest.mark.skipif(shutil.which("gpg") is None, reason="gpg is not installed")
+
+
+@contextmanager
+def gnupg(home: Path, address: str) -> Iterator[Path]:
+    """A keyring with one key, whose secret half is in the file that is given; its agent ends with the block."""
+    home.mkdir(mode=0o700)
+
+    def run(program: str, *words: str) -> bytes:
+        done = subprocess.run([program, "--homedir", str(home), *words], capture_output=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout
+
+    run("gpg", "--batch", "--passphrase", "", "--quick-gen-key", address, "rsa2048", "encr", "never")
+    secret = home / "secret.key"
+    secret.write_bytes(run("gpg", "--batch", "--export-secret-keys", address))
+    try:
+        yield secret
+    finally:
+        run("gpgconf", "--kill", "all")
 
 
 def run_encrypt(source: str, destination: str, recipients: Sequence[object], **options: Any) -> ImageResult:
