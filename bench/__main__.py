@@ -18,6 +18,7 @@ from bench.kernel import measure_kernel
 from bench.mounting import measure_mounting
 from bench.report import draw, markdown_table, write_json
 from bench.results import Comparison
+from bench.running import measure_running
 
 _SUITES: Mapping[str, Callable[[Workspace, Scale, KeyFiles], Iterator[Comparison]]] = {
     "file": measure_file,
@@ -26,6 +27,7 @@ _SUITES: Mapping[str, Callable[[Workspace, Scale, KeyFiles], Iterator[Comparison
     "encrypt-memory": measure_memory,
     "mount": measure_mounting,
     "kernel": measure_kernel,
+    "run": measure_running,
 }
 _RESULTS = Path(__file__).parent / "results"
 

@@ -30,10 +30,11 @@ class Scale:
     many_files: int
     sparse_size: int
     large_artifact: int
+    image_size: int
 
 
-FULL = Scale(5, 1 << 30, 16384, 10_000, 200_000, 1 << 40, 100 * 10**9)
-QUICK = Scale(1, 64 << 20, 1024, 500, 2_000, 16 << 30, 10 * 10**9)
+FULL = Scale(5, 1 << 30, 16384, 10_000, 200_000, 1 << 40, 100 * 10**9, 300 * 10**6)
+QUICK = Scale(1, 64 << 20, 1024, 500, 2_000, 16 << 30, 10 * 10**9, 30 * 10**6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +193,7 @@ def describe_versions() -> dict[str, str]:
     for name, option in (
         ("gocryptfs", "-version"),
         ("skopeo", "--version"),
+        ("umoci", "--version"),
         ("age", "--version"),
         ("tar", "--version"),
     ):
