@@ -91,12 +91,8 @@ def command(
     Its files are fetched, verified and decrypted as they are read. The exit code is the command's, 128 + N after
     signal N.
     """
-    from encfs.container.serve import Container
+    from encfs.container.process import ContainerProcess
     from encfs.container.spec import Requests, is_fit_target, make_spec, parse_bind, parse_variable, stop_signal
-    from encfs.image.artifact import image_parts, require_config
-    from encfs.mount.options import MountOptions
-    from encfs.mount.reading import ImageContents
-    from encfs.mount.stacking import choose_container_shape
 
     if terminal.settings.json:
         raise UsageError("run prints what the command prints, and nothing as JSON", hint="leave --json out")
@@ -115,17 +111,22 @@ def command(
         new_privileges=new_privs,
         host_files=not no_host_files,
     )
-    options = MountOptions(backend=backend)
-    with (
-        Container() as container,
-        opened_artifact(terminal, reference, keys, trust, registry, memory=memory, platform=platform) as artifact,
-    ):
-        parts = image_parts(artifact, chosen_platform(platform))
-        config = require_config(parts)
-        shape = choose_container_shape(parts.volumes, options, proven=artifact.origin.proven)
-        spec = make_spec(config, requests, parts=len(parts.volumes), backend=shape.backend)
-        contents = ImageContents(shape.volume, shape.tree)
-        outcome = container.run(contents, spec, stop_signal=stop_signal(config))
+    with ContainerProcess() as process:
+        # Imported while that process does the same.
+        from encfs.container.serve import serve
+        from encfs.image.artifact import image_parts, require_config
+        from encfs.mount.options import MountOptions
+        from encfs.mount.reading import ImageContents
+        from encfs.mount.stacking import choose_container_shape
+
+        with opened_artifact(terminal, reference, keys, trust, registry, memory=memory, platform=platform) as artifact:
+            parts = image_parts(artifact, chosen_platform(platform))
+            config = require_config(parts)
+            options = MountOptions(backend=backend)
+            shape = choose_container_shape(parts.volumes, options, proven=artifact.origin.proven)
+            spec = make_spec(config, requests, parts=len(parts.volumes), backend=shape.backend)
+            contents = ImageContents(shape.volume, shape.tree)
+            outcome = serve(process, contents, spec, stop_signal=stop_signal(config))
     if outcome.error is not None:
         terminal.error(outcome.error)
     raise typer.Exit(outcome.code)

@@ -25,7 +25,6 @@ from encfs.container.users import Account, find_account
 from encfs.errors import EncfsError, MountError, NotFoundError, StorageError
 from encfs.mount import kernel
 from encfs.mount.assembly import open_fuse
-from encfs.mount.stacking import may_mount
 
 #: prctl(2)
 _PR_SET_PDEATHSIG = 1
@@ -44,7 +43,7 @@ def main() -> int:
     channel.set_inheritable(False)
     channels.close_all_but(channel.fileno())
     try:
-        confined = not may_mount()
+        confined = not kernel.may_mount()
         _make_namespaces(confined)
         _die_with(parent)
         served, fuse = open_fuse(allow_other=True, default_permissions=True)

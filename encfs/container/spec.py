@@ -9,9 +9,12 @@ import signal
 import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 from encfs.errors import FormatError, UsageError
-from encfs.image.config import ImageConfig
+
+if TYPE_CHECKING:
+    from encfs.image.config import ImageConfig
 
 #: As container runtimes have it where an image says nothing.
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

@@ -74,15 +74,14 @@ class LayersTree(Images):
 
 
 class FilesTree:
-    """A root directory with one file for each volume, `PREFIX0` and so on: what the kernel's EROFS mounts.
+    """A root directory with one file for each volume: `prefix` and its index. They are what the kernel's EROFS mounts.
 
     Nothing of the images is read here: the kernel's own reader does that.
     """
 
-    PREFIX = b"encfs-"
-
-    def __init__(self, sizes: Sequence[int]) -> None:
+    def __init__(self, sizes: Sequence[int], prefix: bytes) -> None:
         self._sizes = tuple(sizes)
+        self._prefix = prefix
         self.root = _ROOT
         self.inode_count = len(sizes) + 1
         self.block_count = sum(sizes) >> 12
@@ -100,7 +99,7 @@ class FilesTree:
         return None
 
     def entries(self, directory: Inode, start: int = 0) -> Iterator[DirectoryEntry]:
-        for name, index, kind in list(numbered(len(self._sizes), self.PREFIX, TYPE_REGULAR))[start:]:
+        for name, index, kind in list(numbered(len(self._sizes), self._prefix, TYPE_REGULAR))[start:]:
             yield DirectoryEntry(name, _file_number(index), kind, index + 1)
 
     def extents(self, inode: Inode, offset: int, size: int) -> Iterator[tuple[int | None, int]]:

@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from encfs.errors import EncfsError, MountError
-from encfs.image.layers import FilesTree
 from encfs.mount import kernel
-from encfs.mount.mountpoint import MOUNT_SOURCE
+from encfs.mount.options import IMAGE_PREFIX, MOUNT_SOURCE
 
 Backend = Literal["fuse", "erofs"]
 
@@ -153,7 +152,7 @@ def _mount_images(recipe: Recipe) -> tuple[list[int], bool]:
     for index in range(recipe.parts):
         place = f"{_EROFS}/{index}"
         os.mkdir(place, 0o755)
-        image = FilesTree.PREFIX.decode() + str(index)
+        image = f"{IMAGE_PREFIX}{index}"
         os.chdir(_FUSE)
         try:
             named &= _mount_image(image, f"../{place}", flags | kernel.MS_RDONLY, loop=recipe.loop)

@@ -18,6 +18,8 @@ from encfs.errors import MountError
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
+#: linux/capability.h
+_CAP_SYS_ADMIN = 21
 #: linux/mount.h
 MS_RDONLY = 1
 MS_NOSUID = 2
@@ -157,3 +159,14 @@ def closing(descriptor: int) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def may_mount() -> bool:
+    """Whether this process may mount anything in its own mount namespace."""
+    with open("/proc/self/status") as file:
+        text = file.read()
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name == "CapEff":
+            return bool(int(value, 16) >> _CAP_SYS_ADMIN & 1)
+    return False

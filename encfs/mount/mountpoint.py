@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from encfs.errors import MountError, NotMountedError
+from encfs.mount.options import IMAGE_PREFIX, MOUNT_SOURCE
 
-#: What our mounts are mounted from, as mount(8) shows it.
-MOUNT_SOURCE = "encfs"
 _FUSE_TYPE = "fuse.encfs"
 #: Types that a mount can have whose files a daemon of ours serves in the end.
 _KERNEL_TYPES = frozenset({"overlay", "erofs"})
@@ -58,7 +57,7 @@ class MountInfo:
     def is_ours(self) -> bool:
         """FUSE mounts of ours, and what the kernel made of one: overlayfs, EROFS."""
         if self.filesystem_type in _KERNEL_TYPES:
-            return self.source == MOUNT_SOURCE or self.source.startswith(MOUNT_SOURCE + "-")
+            return self.source == MOUNT_SOURCE or self.source.startswith(IMAGE_PREFIX)
         return self.filesystem_type == _FUSE_TYPE
 
 

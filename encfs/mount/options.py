@@ -10,6 +10,10 @@ from typing import Literal
 #: Largest request that the kernel sends through FUSE (bytes); more read-ahead than this gains nothing.
 MAX_REQUEST = 1 << 20
 
+#: What our mounts are mounted from, as mount(8) shows it; the beginning of that where it is an image of the daemon.
+MOUNT_SOURCE = "encfs"
+IMAGE_PREFIX = "encfs-"
+
 #: `serving`: its daemon answers. `detached`: it answers, but the mount is not seen here (unmounted lazily and still in
 #: use, or made in another mount namespace). `silent`: the daemon is there and does not answer. `dead`: the daemon is
 #: gone, and every access fails. `foreign`: a mount of ours without a control socket in this user's runtime directory.

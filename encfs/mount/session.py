@@ -27,8 +27,8 @@ from encfs.mount import control, polling
 from encfs.mount.assembly import Recipe, assemble_apart, attach_at, open_fuse
 from encfs.mount.failures import FailureLog
 from encfs.mount.filesystem import ImageFilesystem
-from encfs.mount.mountpoint import MOUNT_SOURCE, top_mount, unmount
-from encfs.mount.options import MountOptions, MountStatus
+from encfs.mount.mountpoint import top_mount, unmount
+from encfs.mount.options import MOUNT_SOURCE, MountOptions, MountStatus
 from encfs.mount.reading import ImageContents
 from encfs.mount.tuning import raise_read_ahead
 

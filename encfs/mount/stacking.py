@@ -20,10 +20,8 @@ from encfs.image.layers import FilesTree, LayersTree
 from encfs.image.merged import MergedTree
 from encfs.image.stack import VolumeStack, open_readers
 from encfs.mount.assembly import Backend, Recipe
-from encfs.mount.options import MountOptions
-
-#: linux/capability.h
-_CAP_SYS_ADMIN = 21
+from encfs.mount.kernel import may_mount
+from encfs.mount.options import IMAGE_PREFIX, MountOptions
 
 TreeFactory = Callable[[Read], ServedTree]
 
@@ -72,7 +70,7 @@ def choose_shape(
         dev=options.dev,
     )
     if backend == "erofs":
-        return Shape(stack, lambda _: FilesTree(sizes), recipe)
+        return Shape(stack, lambda _: FilesTree(sizes, IMAGE_PREFIX.encode()), recipe)
     return Shape(stack, lambda read: LayersTree(open_readers(read, sizes)), recipe)
 
 
@@ -87,7 +85,7 @@ def choose_container_shape(volumes: Sequence[Volume], options: MountOptions, *, 
     sizes = [volume.size for volume in volumes]
     recipe = Recipe(parts=len(volumes), backend=backend, overlay=True, writable=True, in_user_namespace=not privileged)
     if backend == "erofs":
-        return Shape(stack, lambda _: FilesTree(sizes), recipe)
+        return Shape(stack, lambda _: FilesTree(sizes, IMAGE_PREFIX.encode()), recipe)
     return Shape(stack, lambda read: LayersTree(open_readers(read, sizes), user=not privileged), recipe)
 
 
@@ -118,12 +116,3 @@ def _has_module(name: str) -> bool:
         return f"/{name}.ko" in index.read_text()
     except OSError:
         return False
-
-
-def may_mount() -> bool:
-    """Whether this process may mount anything in its own mount namespace."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "CapEff":
-            return bool(int(value, 16) >> _CAP_SYS_ADMIN & 1)
-    return False

@@ -220,7 +220,7 @@ def test_layers_side_by_side(tmp_path: Path) -> None:
 
 def test_images_as_files(tmp_path: Path) -> None:
     stack = make_stack(tmp_path, [[file(b"f", os.urandom(9000))], [file(b"g", b"x")]])
-    tree = FilesTree([volume.size for volume in stack.volumes])
+    tree = FilesTree([volume.size for volume in stack.volumes], b"encfs-")
     root = tree.inode(tree.root)
     assert [entry.name for entry in tree.entries(root)] == [b"encfs-0", b"encfs-1"]
     assert tree.lookup(root, b"encfs-2") is None
