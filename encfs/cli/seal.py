@@ -59,8 +59,23 @@ def command(
             show_default=False,
         ),
     ] = None,
+    snp: Annotated[
+        bool, typer.Option("--snp", help="Not to the TPM: under a key that this SEV-SNP guest's firmware derives.")
+    ] = False,
+    gramine: Annotated[
+        bool, typer.Option("--gramine", help="Not to the TPM: under the sealing key of this SGX enclave (Gramine).")
+    ] = False,
+    derivation: Annotated[
+        str | None,
+        typer.Option(
+            "--derivation",
+            metavar="TEXT",
+            help="What stands behind snp: or gramine: in the key URI of the derived key.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
-    """Seal a key to this machine's TPM and its PCRs."""
+    """Seal a key to this machine's TPM, guest or enclave."""
     from encfs.errors import UsageError
     from encfs.hardening import forbid_dumps
     from encfs.keys.files import load_trusted_key
@@ -69,6 +84,12 @@ def command(
     from encfs.tpm.keyfile import policy_document, write_object
     from encfs.tpm.policy import Authorization, check_conditions, parse_nv_index, parse_pcrs
 
+    under = _under(snp=snp, gramine=gramine, derivation=derivation)
+    if under is not None:
+        if pcrs or authorize or reference or counter:
+            raise UsageError("a key is sealed to the TPM or under a derived key, not both", hint="seal it twice")
+        _seal_under(terminal, key_uri, under, output)
+        return
     request = parse_pcrs(pcrs) if pcrs is not None else None
     if reference and authorize is None:
         raise UsageError("--tpm2-reference is for approvals", hint="give --tpm2-authorize PUBKEY, too")
@@ -92,6 +113,37 @@ def command(
     for warning in _warnings(policy.pcrs):
         terminal.warn(warning)
     terminal.result({"file": output, "kid": kid, "policy": policy_document(policy)}, _lines(output, policy))
+
+
+def _under(*, snp: bool, gramine: bool, derivation: str | None) -> str | None:
+    """The key URI of the derived key; None for the TPM. Raises: UsageError."""
+    from encfs.errors import UsageError
+
+    if snp and gramine:
+        raise UsageError("--snp and --gramine are given together", hint="seal it twice")
+    if not snp and not gramine:
+        if derivation is not None:
+            raise UsageError("--derivation is for --snp and --gramine")
+        return None
+    return f"{'snp' if snp else 'gramine'}:{derivation or ''}"
+
+
+def _seal_under(terminal: Terminal, key_uri: str, under: str, output: str) -> None:
+    from encfs.hardening import forbid_dumps
+    from encfs.keys.providers import fetched_key
+    from encfs.keys.sealedfile import seal_under, write_sealed
+
+    forbid_dumps()
+    key = fetched_key(key_uri, bare=True)
+    try:
+        sealed = seal_under(key, under)
+    finally:
+        key.wipe()
+    write_sealed(sealed, output)
+    terminal.result(
+        {"file": output, "kid": sealed.kid, "policy": {"under": under}},
+        [f"sealed key  {output}  (the key URI sealed:{output}, here only)", f"under       {under}"],
+    )
 
 
 def _lines(output: str, policy: Policy) -> Iterator[str]:

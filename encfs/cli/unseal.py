@@ -22,7 +22,7 @@ def command(
         ),
     ] = None,
 ) -> None:
-    """Get a sealed key back from this machine's TPM, as a JWK."""
+    """Get a sealed key back on this machine, as a JWK."""
     import json
     import sys
 
@@ -30,13 +30,14 @@ def command(
     from encfs.keys.files import write_key_files
     from encfs.keys.jwkjson import private_jwk
     from encfs.keys.providers import fetched_key
+    from encfs.keys.sealedfile import is_sealed_under
 
     if output is None and terminal.settings.json:
         raise UsageError("unseal writes the key itself; there is nothing to print as JSON", hint="give -o FILE")
     if output is None and sys.stdout is not None and sys.stdout.isatty():
         raise UsageError("unseal does not show a key on a terminal", hint="give -o FILE, or redirect standard output")
     forbid_dumps()
-    key = fetched_key(f"tpm2:{sealed}")
+    key = fetched_key(f"sealed:{sealed}" if is_sealed_under(sealed) else f"tpm2:{sealed}")
     try:
         if output is None:
             terminal.write(json.dumps(private_jwk(key), indent=2).encode() + b"\n")
