@@ -59,6 +59,17 @@ def command(
         ),
     ] = None,
     platform: PlatformOption = None,
+    prefetch: Annotated[
+        str,
+        typer.Option(
+            "--prefetch",
+            metavar="none|all|FILE",
+            help="Fetch the artifact in the background: all of it, or the paths that a file lists, one a line.",
+        ),
+    ] = "none",
+    prefetch_rate: Annotated[
+        int | None, size_option("--prefetch-rate", help="Bytes a second that this may take.", default="no limit")
+    ] = None,
     log_file: Annotated[
         str | None,
         typer.Option("--log-file", metavar="FILE", help="Where the daemon logs.", show_default=False),
@@ -71,10 +82,15 @@ def command(
     """
     from encfs.hardening import forbid_dumps, forbid_swapping
     from encfs.image.artifact import image_parts
+    from encfs.lazy import companion_for
     from encfs.mount import MountOptions, choose_shape, mount
+    from encfs.prefetching import parse_selection
 
     if upper is not None and not writable:
         raise UsageError("--upper is given without --writable", hint="give both, or none for a read-only mount")
+    if prefetch == "none" and prefetch_rate is not None:
+        raise UsageError("--prefetch-rate is given without --prefetch", hint="give both")
+    selection = parse_selection(prefetch)
     options = MountOptions(
         foreground=foreground,
         allow_other=allow_other,
@@ -96,6 +112,7 @@ def command(
         terminal.flush()
 
     with opened_artifact(terminal, reference, keys, trust, registry, memory=memory, platform=platform) as artifact:
+        companion = companion_for(artifact, selection, rate=prefetch_rate)
         parts = image_parts(artifact, chosen_platform(platform))
         mount(
             choose_shape(parts.volumes, options, layered=parts.layered, proven=artifact.origin.proven),
@@ -104,5 +121,6 @@ def command(
             reference=reference,
             content_digest=artifact.content_digest,
             owner=artifact,
+            companion=companion,
             on_ready=report,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from encfs.terminal import Terminal
@@ -32,10 +32,21 @@ def _lines(found: list[MountStatus]) -> Iterator[str]:
             )
             yield f"    {status.reference} {status.content_digest}"
             yield f"    pid {status.pid}{running}"
-        if status.stats:
-            yield "    " + ", ".join(_counter(name, value) for name, value in status.stats.items())
+        for counters in (status.stats, status.transfer):
+            if counters:
+                yield "    " + ", ".join(_counter(name, value) for name, value in counters.items())
+        if status.prefetch.get("mode", "none") != "none":
+            yield f"    prefetch {_prefetch(status.prefetch)}"
 
 
-def _counter(name: str, value: int) -> str:
-    shown = format_size(value) if name.startswith("bytes") or name.endswith(("bytes", "size")) else str(value)
+def _prefetch(prefetch: Mapping[str, object]) -> str:
+    done, total = (format_size(int(str(prefetch[name]))) for name in ("bytes_done", "bytes_total"))
+    trouble = f": {prefetch['error']}" if prefetch["error"] else ""
+    return f"{prefetch['state']}, {done} of {total}{trouble}"
+
+
+def _counter(name: str, value: float) -> str:
+    if name.startswith("seconds"):
+        return f"{name.replace('_', ' ')} {value:.3g}"
+    shown = format_size(int(value)) if name.startswith("bytes") or name.endswith(("bytes", "size")) else str(int(value))
     return f"{name.replace('_', ' ')} {shown}"

@@ -195,7 +195,7 @@ class TreeReader:
     def __init__(self, fields: RootInput, root: bytes, blob: Blob) -> None:
         """Raises FormatError where the blob's size is not the tree's, IntegrityError where the top does not fit."""
         self._suite = fields.suite
-        self._blob = blob
+        self.blob = blob
         self.geometry = TreeGeometry.of(fields.frames)
         if blob.size != self.geometry.size:
             raise FormatError(f"the tree has {blob.size} bytes, {fields.frames} frames need {self.geometry.size}")
@@ -269,7 +269,7 @@ class TreeReader:
 
     def _checked_or_refetched(self, level_number: int, node: int, entries: bytes, expected: bytes) -> bytes:
         offset, size = self.geometry.levels[level_number].span(node)
-        if node_hash(self._suite, level_number, node, entries) != expected and self._blob.discard(offset, size):
+        if node_hash(self._suite, level_number, node, entries) != expected and self.blob.discard(offset, size):
             fresh = self._fetch(offset, size, wait=True)
             assert fresh is not None  # noqa: S101 - waiting reads always give bytes
             entries = fresh
@@ -291,8 +291,8 @@ class TreeReader:
     def _fetch(self, offset: int, size: int, *, wait: bool) -> bytes | None:
         content = bytearray(size)
         if wait:
-            self._blob.read_into(offset, memoryview(content))
-        elif not self._blob.try_read_into(offset, memoryview(content)):
+            self.blob.read_into(offset, memoryview(content))
+        elif not self.blob.try_read_into(offset, memoryview(content)):
             return None
         return bytes(content)
 
@@ -309,4 +309,4 @@ class TreeReader:
                     del self._inner[next(key for key in self._inner if key != self._top)]
 
     def close(self) -> None:
-        self._blob.close()
+        self.blob.close()

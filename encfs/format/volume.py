@@ -12,7 +12,7 @@ from __future__ import annotations
 import hmac
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -47,7 +47,7 @@ class _NotAtHandError(Exception):
     """A byte is neither in a cache nor readable without waiting. Never leaves this module."""
 
 
-class _Run(NamedTuple):
+class StoredRun(NamedTuple):
     """Consecutive frames that lie side by side in one segment. A tuple: one is made for every small read."""
 
     segment: int
@@ -139,6 +139,52 @@ class VolumeReader:
         for segment in self._segments:
             segment.close()
 
+    # -- stored bytes, for who fetches them before they are asked for
+
+    def stored_runs(self, offset: int, size: int, limit: int) -> Iterator[StoredRun]:
+        """Where the frames of a range lie, in pieces of at most `limit` bytes or one frame. May wait for the tree.
+
+        Raises: as `read`.
+        """
+        size = self._clamp(offset, size)
+        index, stop = offset // self.frame_size, -(-(offset + size) // self.frame_size)
+        while index < stop:
+            run = self._next_run(index, stop, wait=True, limit=limit)
+            yield run
+            index += len(run.locations)
+
+    def stored_blob(self, run: StoredRun) -> Blob:
+        """The blob in which a run lies."""
+        return self._segments[run.segment]
+
+    @property
+    def tree_blob(self) -> Blob:
+        """The tree as it is stored."""
+        return self._tree.blob
+
+    @property
+    def stored_size(self) -> int:
+        """Bytes of tree and segments."""
+        return self._tree.blob.size + sum(self._segment_sizes)
+
+    def check_run(self, run: StoredRun) -> int:
+        """Check the stored bytes of frames against the root, without decrypting them; wrong ones are fetched anew once.
+
+        Returns how many frames were wrong at first. Raises: as `read`.
+        """
+        stored = self._read_stored(run, wait=True)
+        wrong = start = 0
+        for index, location in enumerate(run.locations, run.first):
+            frame = stored[start : start + location.stored]
+            try:
+                wrong += self._check_leaf(index, location, frame, wait=True)
+            except EncfsError as error:
+                raise self._failed(index, error) from None
+            start += location.stored
+        with self._lock:
+            self.stats.frames_verified += len(run.locations)
+        return wrong
+
     # -- frames into a buffer
 
     def _clamp(self, offset: int, size: int) -> int:
@@ -198,7 +244,7 @@ class VolumeReader:
             position = self._open_run(run, buffer, position, wait=wait)
             index += len(run.locations)
 
-    def _next_run(self, first: int, stop: int, *, wait: bool) -> _Run:
+    def _next_run(self, first: int, stop: int, *, wait: bool, limit: int = _MAX_RUN) -> StoredRun:
         """As many of the frames as lie side by side in one segment, up to a bounded number of bytes."""
         locations: list[FrameLocation] = []
         end = 0
@@ -207,12 +253,12 @@ class VolumeReader:
             if locations and (
                 location.segment != locations[0].segment
                 or location.offset != end
-                or end - locations[0].offset + location.stored > _MAX_RUN
+                or end - locations[0].offset + location.stored > limit
             ):
                 break
             locations.append(location)
             end = location.offset + location.stored
-        return _Run(locations[0].segment, locations[0].offset, end - locations[0].offset, first, locations)
+        return StoredRun(locations[0].segment, locations[0].offset, end - locations[0].offset, first, locations)
 
     def _locate(self, index: int, *, wait: bool) -> FrameLocation:
         try:
@@ -230,7 +276,8 @@ class VolumeReader:
             raise self._failed(index, FormatError("its tree entry is out of bounds"))
         return location
 
-    def _open_run(self, run: _Run, buffer: memoryview, position: int, *, wait: bool) -> int:
+    def _read_stored(self, run: StoredRun, *, wait: bool) -> memoryview:
+        """The stored bytes of a run in this thread's buffer."""
         stored = self._scratch_buffer(run.size)
         segment = self._segments[run.segment]
         try:
@@ -240,6 +287,10 @@ class VolumeReader:
                 raise _NotAtHandError
         except EncfsError as error:
             raise self._failed(run.first, error) from None
+        return stored
+
+    def _open_run(self, run: StoredRun, buffer: memoryview, position: int, *, wait: bool) -> int:
+        stored = self._read_stored(run, wait=wait)
         start = 0
         for index, location in enumerate(run.locations, run.first):
             length = self._geometry.length(index)
@@ -255,21 +306,30 @@ class VolumeReader:
     def _open_frame(
         self, index: int, location: FrameLocation, stored: memoryview, out: memoryview, *, wait: bool
     ) -> None:
-        """Check one frame against its leaf and decrypt it; a local copy that does not fit is fetched anew once."""
+        """Check one frame against its leaf and decrypt it."""
         try:
-            if not hmac.compare_digest(leaf_hash(self._suite, index, stored), location.leaf):
-                segment = self._segments[location.segment]
-                if not segment.discard(location.offset, location.stored):
-                    raise IntegrityError("its stored bytes are not what the root commits to")
-                if not wait:
-                    raise _NotAtHandError
-                segment.read_into(location.offset, stored)
-                if not hmac.compare_digest(leaf_hash(self._suite, index, stored), location.leaf):
-                    segment.discard(location.offset, location.stored)
-                    raise IntegrityError("its stored bytes are not what the root commits to")
+            self._check_leaf(index, location, stored, wait=wait)
             self._cipher.open_into(index, stored, len(out), location.flags, out)
         except EncfsError as error:
             raise self._failed(index, error) from None
+
+    def _check_leaf(self, index: int, location: FrameLocation, stored: memoryview, *, wait: bool) -> bool:
+        """Check stored bytes; a copy that does not fit is fetched anew once, into `stored`. Whether that was needed.
+
+        Raises: IntegrityError, what the segment raises; _NotAtHandError.
+        """
+        if hmac.compare_digest(leaf_hash(self._suite, index, stored), location.leaf):
+            return False
+        segment = self._segments[location.segment]
+        if not segment.discard(location.offset, location.stored):
+            raise IntegrityError("its stored bytes are not what the root commits to")
+        if not wait:
+            raise _NotAtHandError
+        segment.read_into(location.offset, stored)
+        if not hmac.compare_digest(leaf_hash(self._suite, index, stored), location.leaf):
+            segment.discard(location.offset, location.stored)
+            raise IntegrityError("its stored bytes are not what the root commits to")
+        return True
 
     def _scratch_buffer(self, size: int) -> memoryview:
         """This thread's buffer for stored bytes: fresh memory for every read costs more than hashing it."""

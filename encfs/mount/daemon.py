@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from encfs.errors import EncfsError, MountError
 from encfs.mount.background import Report, run_in_background
 from encfs.mount.client import clear_leftovers, is_abandoned
+from encfs.mount.companion import Companion, NoCompanion
 from encfs.mount.logs import logging_to
 from encfs.mount.mountpoint import absolute, check_fuse, prepare
 from encfs.mount.options import MountOptions, MountStatus
@@ -49,6 +50,7 @@ def mount(
     reference: str = "",
     content_digest: str = "",
     owner: Closeable | None = None,
+    companion: Companion | None = None,
     on_ready: OnReady | None = None,
     ready_timeout: float = READY_TIMEOUT,
 ) -> MountStatus:
@@ -56,7 +58,8 @@ def mount(
 
     In the background (the default) this returns then; the daemon is another process, and this one may have no threads.
     In the foreground it returns when the mount has ended. `owner` (the artifact; by default the volumes) is taken over
-    and closed in any case. `reference` and `content_digest` are shown by `mounts()`. `ready_timeout` in seconds.
+    and closed in any case. `companion` works beside the mount. `reference` and
+    `content_digest` are shown by `mounts()`. `ready_timeout` in seconds.
     Raises: MountError; StorageError for runtime directory or log file; FormatError, UnsupportedError for what is no
     EROFS image that can be read; what the volume raises for the image's beginning and its root directory.
     """
@@ -73,7 +76,16 @@ def mount(
         clear_leftovers(place)
         check_fuse(allow_other=options.allow_other)
         contents = ImageContents(shape.volume, shape.tree)
-        plan = MountPlan(place, options, reference, content_digest, contents, options.log_file, shape.recipe)
+        plan = MountPlan(
+            place,
+            options,
+            reference,
+            content_digest,
+            contents,
+            options.log_file,
+            shape.recipe,
+            companion or NoCompanion(),
+        )
         if options.foreground:
             with logging_to(options.log_file):
                 return _run(plan, on_ready or _nobody)
@@ -126,6 +138,7 @@ def _run(plan: MountPlan, on_ready: OnReady) -> MountStatus:
         server = listen(socket_file)
         stack.callback(socket_file.unlink, missing_ok=True)
         stack.callback(server.close)
+        stack.callback(plan.companion.close)
         session = Session(plan, on_ready)
         stack.enter_context(session.mounted())
         trio.run(session.run, server)

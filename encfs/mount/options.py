@@ -65,8 +65,9 @@ class MountOptions:
 class MountStatus:
     """One mount as `mounts()` and the readiness report give it.
 
-    `started` in seconds since the epoch; `stats` are counters since then, sizes in bytes; `device` is the mount's
-    `major:minor`, as in /proc/self/mountinfo; `read_ahead` in bytes, 0 where it is not known.
+    `started` in seconds since the epoch; `stats` are counters since then, sizes in bytes; `transfer` those of what came
+    from a registry or its cache, and `prefetch` how far the background fetch is, both empty for what is local; `device`
+    is the mount's `major:minor`, as in /proc/self/mountinfo; `read_ahead` in bytes, 0 where it is not known.
     What is not known of a mount that does not answer is empty or 0.
     """
 
@@ -83,6 +84,8 @@ class MountStatus:
     backend: str = ""
     writable: bool = False
     stats: Mapping[str, int] = field(default_factory=dict)
+    transfer: Mapping[str, float] = field(default_factory=dict)
+    prefetch: Mapping[str, object] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
         """A JSON object with these fields, in this order."""

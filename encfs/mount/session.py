@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyfuse3
@@ -25,6 +25,7 @@ import trio
 from encfs.errors import EncfsError, MountError
 from encfs.mount import control, polling
 from encfs.mount.assembly import Recipe, assemble_apart, attach_at, open_fuse
+from encfs.mount.companion import Companion, NoCompanion
 from encfs.mount.failures import FailureLog
 from encfs.mount.filesystem import ImageFilesystem
 from encfs.mount.mountpoint import top_mount, unmount
@@ -58,6 +59,7 @@ class MountPlan:
     contents: ImageContents
     log_file: Path | None
     recipe: Recipe | None = None
+    companion: Companion = field(default_factory=NoCompanion)
 
 
 class Session:
@@ -88,7 +90,8 @@ class Session:
         stats = dict(self._plan.contents.volume.stats.to_json())
         stats["requests_failed"] = self._failures.count
         stats["requests_waited"] = self._filesystem.waits
-        return replace(self._base, stats=stats)
+        companion = self._plan.companion
+        return replace(self._base, stats=stats, transfer=companion.transfer(), prefetch=companion.prefetch())
 
     def finish(self) -> MountStatus:
         """The last status, or what kept the mount from becoming ready."""
@@ -188,6 +191,7 @@ class Session:
         gc.collect()
         gc.freeze()
         log.info("%s: mounted %s %s", place, self._plan.reference, self._plan.content_digest)
+        self._plan.companion.start()
         self._on_ready(self.status())
 
 

@@ -11,9 +11,11 @@ import logging
 from collections.abc import Iterator
 
 from encfs.errors import AuthenticationError, FormatError, StorageError, TransportError, UnsupportedError
-from encfs.oci.blobs import MAX_MANIFEST_SIZE, Blob, Descriptor, RawManifest
-from encfs.oci.cache import GRAIN, Cache, Tag, open_cache
+from encfs.oci.blobs import MAX_MANIFEST_SIZE, Descriptor, RawManifest
+from encfs.oci.cache import Cache, Tag, open_cache
 from encfs.oci.cachedblob import CachedBlob
+from encfs.oci.counters import TransferCounters
+from encfs.oci.fetching import Fetcher, FetchingBlob
 from encfs.oci.mirrors import behind_mirrors
 from encfs.oci.options import StoreOptions, default_cache_dir
 from encfs.oci.reference import DEFAULT_TAG, Reference
@@ -34,8 +36,11 @@ class CachedSource:
         self.cache = _open_cache(self.options)
         #: The registry itself.
         self.origin = Registry(reference, self.options)
+        #: What was transferred, by mirrors as well.
+        self.counters: TransferCounters = self.origin.client.counters
         #: The same, its mirrors asked first.
         self._upstream = behind_mirrors(self.origin)
+        self.fetcher = Fetcher(self.options.concurrency, self.options.io_timeout, self.counters)
 
     def __str__(self) -> str:
         return str(self.origin)
@@ -113,10 +118,9 @@ class CachedSource:
 
     # -- blobs
 
-    def open_blob(self, descriptor: Descriptor) -> Blob:
+    def open_blob(self, descriptor: Descriptor) -> FetchingBlob:
         """Random access; nothing is fetched or verified yet. Raises: FormatError."""
-        remote, cached = self.remote_blob(descriptor), self.cached_blob(descriptor)
-        return remote if cached is None else _BlobBehindCache(remote, cached)
+        return FetchingBlob(self.remote_blob(descriptor), self.cached_blob(descriptor), self.fetcher)
 
     def cached_blob(self, descriptor: Descriptor) -> CachedBlob | None:
         """What the cache has of a blob; None without a cache. Raises: FormatError."""
@@ -143,42 +147,9 @@ class CachedSource:
     def close(self) -> None:
         """End what is under way. Harmless when called again."""
         self._upstream.close()
+        self.fetcher.close()
         if self.cache is not None:
             self.cache.close()
-
-
-class _BlobBehindCache:
-    """Random access to a blob: from the cache as far as it goes, else from the registry, and kept. Thread-safe."""
-
-    def __init__(self, remote: RangeBlob, cached: CachedBlob) -> None:
-        self.size = remote.size
-        self._remote = remote
-        self._cached = cached
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Raises: as the registry's blob."""
-        if not buffer or self._cached.read_into(offset, buffer):
-            return
-        start = offset // GRAIN * GRAIN
-        end = max(offset + len(buffer), min(-(-(offset + len(buffer)) // GRAIN) * GRAIN, self.size))
-        content = memoryview(bytearray(end - start))
-        self._remote.read_into(start, content)
-        self._cached.write(start, content)
-        buffer[:] = content[offset - start : offset - start + len(buffer)]
-
-    def try_read_into(self, offset: int, buffer: memoryview) -> bool:
-        """From the cache, where it does not have to wait for the disk."""
-        return self._cached.try_read_into(offset, buffer)
-
-    def discard(self, offset: int, size: int) -> bool:
-        """Drop what is cached of a range that did not verify: it is fetched again."""
-        self._cached.drop(offset, size)
-        return self._remote.discard(offset, size)
-
-    def close(self) -> None:
-        """Harmless when called again."""
-        self._cached.close()
-        self._remote.close()
 
 
 def _open_cache(options: StoreOptions) -> Cache | None:

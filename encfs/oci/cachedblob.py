@@ -54,6 +54,16 @@ class CachedBlob:
         self._lock = threading.Lock()
         self._nowait = os.RWF_NOWAIT
 
+    @property
+    def writable(self) -> bool:
+        """False for a while after the disk refused something."""
+        return self._cache.writable
+
+    @property
+    def room(self) -> int:
+        """Bytes that the cache keeps for certain, if nobody else uses it."""
+        return self._cache.room
+
     # -- reading
 
     def read_into(self, offset: int, buffer: memoryview) -> bool:

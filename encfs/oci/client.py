@@ -18,6 +18,7 @@ import requests
 
 from encfs.errors import AuthenticationError, EncfsError, TransportError
 from encfs.oci.authentication import Authenticator, purpose_of
+from encfs.oci.counters import TransferCounters
 from encfs.oci.http import (
     RETRYABLE,
     TRANSIENT,
@@ -53,12 +54,14 @@ class Client(oras.provider.Registry):
         *,
         plain_http: bool = False,
         attempts: int | None = None,
+        counters: TransferCounters | None = None,
     ) -> None:
         """`registry` is HOST[:PORT]; `attempts` bounds the tries of one request, besides the time."""
         host = _DOCKER_HUB_HOST if registry == DEFAULT_REGISTRY else registry
         super().__init__(hostname=host, insecure=plain_http)
         self.registry = registry
         self.repository = repository
+        self.counters = counters or TransferCounters()
         self.base = f"{self.prefix}://{host}"
         self._options = options
         self._attempts = attempts
@@ -117,6 +120,7 @@ class Client(oras.provider.Registry):
         while True:
             sent = self.auth.header(purpose) if self.is_home(url) else None
             wait = 0.0
+            self.counters.add("requests")
             try:
                 response = exchange(
                     self.session,
@@ -139,6 +143,7 @@ class Client(oras.provider.Registry):
                     self._reached = True
                     if not stream:
                         _drain(response, patience)
+                        self.counters.add("bytes_from_registry", len(response.content))
                     return response
                 _drain(response, patience)
                 wait = retry_after(response)
@@ -150,6 +155,7 @@ class Client(oras.provider.Registry):
                 if not temporary:
                     raise error from None
             patience.pause(error, at_least=wait, first_contact=not self._reached)
+            self.counters.add("retries")
 
     def request(
         self,

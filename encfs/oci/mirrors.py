@@ -324,7 +324,10 @@ def _open_mirrors(origin: Registry) -> Iterator[_Place]:
     stranger = replace(options, mirrors=(), cert_file=None, key_file=None, io_timeout=patience)
     for mirror in dict.fromkeys(mirrors):
         reference = mirror.reference(origin.reference)
-        yield _Place(Registry(reference, stranger, plain_http=mirror.plain_http, attempts=1), name=str(mirror))
+        registry = Registry(
+            reference, stranger, plain_http=mirror.plain_http, attempts=1, counters=origin.client.counters
+        )
+        yield _Place(registry, name=str(mirror))
 
 
 def _not_too_slow(pieces: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:

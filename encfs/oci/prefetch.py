@@ -44,7 +44,7 @@ def fill_cache(source: CachedSource, blobs: Iterable[Descriptor], progress: Prog
     take them; IntegrityError, NotFoundError, TransportError, AuthenticationError.
     """
     wanted = list({item.digest: item for item in blobs}.values())
-    _check_room(require_cache(source), wanted)
+    check_room(require_cache(source), sum(item.size for item in wanted))
     missing = sum(_count_missing(source, item) for item in wanted)
     filler = _Filler(source, progress)
     progress.begin("fetch", missing)
@@ -64,9 +64,9 @@ def require_cache(source: CachedSource) -> Cache:
     return source.cache
 
 
-def _check_room(cache: Cache, blobs: Iterable[Descriptor]) -> None:
-    """Raises: UsageError where the cache cannot hold the blobs."""
-    size, room = sum(item.size for item in blobs), cache.room
+def check_room(cache: Cache, size: int) -> None:
+    """Raises: UsageError where the cache cannot hold an artifact of `size` bytes."""
+    room = cache.room
     if size > room:
         raise UsageError(
             f"the artifact has {size} bytes, and a cache of {cache.size} bytes keeps {room}",

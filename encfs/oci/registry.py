@@ -29,6 +29,7 @@ from encfs.errors import (
 )
 from encfs.oci.blobs import MAX_MANIFEST_SIZE, Buffer, Descriptor, RawManifest
 from encfs.oci.client import Client
+from encfs.oci.counters import TransferCounters
 from encfs.oci.files import FileWriter, storage_errors
 from encfs.oci.http import content_length, resolve, status_error
 from encfs.oci.options import StoreOptions
@@ -64,13 +65,19 @@ class Registry:
         *,
         plain_http: bool | None = None,
         attempts: int | None = None,
+        counters: TransferCounters | None = None,
     ) -> None:
         """`attempts` bounds the tries of one request, besides the time. No request is made yet. Raises: UsageError."""
         self.options = options or StoreOptions()
         self.reference = reference
         plain = self.options.plain_http if plain_http is None else plain_http
         self.client = Client(
-            reference.registry, reference.repository, self.options, plain_http=plain, attempts=attempts
+            reference.registry,
+            reference.repository,
+            self.options,
+            plain_http=plain,
+            attempts=attempts,
+            counters=counters,
         )
         self._tag = reference.tag or (None if reference.digest else DEFAULT_TAG)
         self._uploader = Uploader(self.client)

@@ -92,6 +92,7 @@ class RemoteBlob:
                     if position + len(chunk) > (end if response.status_code == 206 else self.size):
                         response.close()
                         raise IntegrityError(f"{self._name}: more bytes arrive than were asked for")
+                    self._client.counters.add("bytes_from_registry", len(chunk))
                     yield position, chunk
                     position += len(chunk)
                     if position > done:
@@ -105,6 +106,7 @@ class RemoteBlob:
                 error = TransportError(f"{self._name}: the connection was cut")
             self._direct = ("", 0.0)
             patience.pause(error)
+            self._client.counters.add("retries")
 
     def _request(self, start: int, end: int, patience: Patience) -> requests.Response:
         # No If-Range: the address names the content by its digest, and everything is verified behind us.
