@@ -8,25 +8,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from encfs.artifact import Artifact
-from encfs.mount.companion import Companion, NoCompanion
 from encfs.oci.cached import CachedSource
+from encfs.oci.counters import TransferCounters
+from encfs.oci.lanes import Lanes
 from encfs.prefetching import Prefetch, Selection
 
 
 class LazyReading:
     """A `Companion`."""
 
-    def __init__(self, source: CachedSource, prefetch: Prefetch) -> None:
-        self._source = source
+    def __init__(self, counters: TransferCounters, prefetch: Prefetch, lanes: Lanes | None) -> None:
+        """`lanes`: of the registry, if the artifact is in one."""
+        self._counters = counters
         self._prefetch = prefetch
-        source.fetcher.lanes.read_ahead = False
+        self._lanes = lanes
+        if lanes is not None:
+            lanes.read_ahead = False
 
     def start(self) -> None:
-        self._source.fetcher.lanes.read_ahead = True
+        if self._lanes is not None:
+            self._lanes.read_ahead = True
         self._prefetch.start()
 
     def transfer(self) -> Mapping[str, float]:
-        return self._source.counters.to_json()
+        return self._counters.to_json()
 
     def prefetch(self) -> Mapping[str, object]:
         return self._prefetch.status()
@@ -35,9 +40,10 @@ class LazyReading:
         self._prefetch.close()
 
 
-def companion_for(artifact: Artifact, selection: Selection, *, rate: int | None = None) -> Companion:
+def companion_for(artifact: Artifact, selection: Selection, *, rate: int | None = None) -> LazyReading:
     """What works beside the mount of `artifact`. Raises: UsageError, as `Prefetch`."""
     prefetch = Prefetch(artifact, selection, rate=rate)
-    if not isinstance(artifact.source, CachedSource):
-        return NoCompanion()
-    return LazyReading(artifact.source, prefetch)
+    source = artifact.source
+    if isinstance(source, CachedSource):
+        return LazyReading(source.counters, prefetch, source.fetcher.lanes)
+    return LazyReading(TransferCounters(), prefetch, None)

@@ -33,7 +33,7 @@ def _lines(found: list[MountStatus]) -> Iterator[str]:
             yield f"    {status.reference} {status.content_digest}"
             yield f"    pid {status.pid}{running}"
         for counters in (status.stats, status.transfer):
-            if counters:
+            if any(counters.values()):
                 yield "    " + ", ".join(_counter(name, value) for name, value in counters.items())
         if status.prefetch.get("mode", "none") != "none":
             yield f"    prefetch {_prefetch(status.prefetch)}"
