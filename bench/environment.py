@@ -190,6 +190,9 @@ def describe_versions() -> dict[str, str]:
     """Of the interpreter, of what ours is built on, and of the peers."""
     names = ("encfs", "cryptography", "blake3", "pyfuse3", "trio")
     versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+    for name in ("safetensors", "cryptotensors", "tensorizer", "torch"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     for name, option in (
         ("gocryptfs", "-version"),
         ("skopeo", "--version"),

@@ -89,7 +89,10 @@ def command(
         ),
     ] = None,
     frame_size: Annotated[
-        int | None, size_option("--frame-size", help="Bytes sealed together, a power of two.", default="32KiB")
+        int | None,
+        size_option(
+            "--frame-size", help="Bytes sealed together, a power of two.", default="32KiB, 128KiB for large files"
+        ),
     ] = None,
     segment_size: Annotated[
         int | None, size_option("--segment-size", help="Bytes of a blob, about.", default="1GiB")
@@ -154,7 +157,7 @@ def command(
         if is_image:
             encrypt_image(terminal, job, ImageOptions(artifact_id, version, volume, max_layer_size), wanted)
         else:
-            encrypt_path(terminal, job, EncryptOptions(artifact_id, version, volume, tuple(exclude or ())))
+            encrypt_path(terminal, job, EncryptOptions(artifact_id, version, volume, tuple(exclude or ()), frame_size is None))
 
 
 def _checked_frame_size(size: int | None) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from encfs.erofs.writer import ErofsWriter
@@ -25,12 +25,22 @@ from imagetool.pipeline.publish import (
 )
 from imagetool.sources.directory import SourceOptions, add_source, measure_source
 
+#: Frames of sources whose files are large: models are read in sequence or by the tensor, on several threads, which
+#: contend for the interpreter's lock at every frame.
+LARGE_FRAME_SIZE = 128 << 10
+#: Mean bytes of a file from which on files count as large.
+_LARGE_FILES = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class EncryptOptions(ArtifactOptions):
-    """`exclude` as `imagetool.sources.directory.SourceOptions` has it."""
+    """`exclude` as `imagetool.sources.directory.SourceOptions` has it.
+
+    With `adapt_frames` sources of large files get frames of `LARGE_FRAME_SIZE` instead of `volume.frame_size`.
+    """
 
     exclude: tuple[str, ...] = ()
+    adapt_frames: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +98,12 @@ def _write_volume(
     source: Path, sink: BlobSink, options: EncryptOptions, epoch: int | None, progress: Progress
 ) -> tuple[WrittenVolume, int, int]:
     exclude = SourceOptions(options.exclude, epoch)
-    progress.begin("encrypt", measure_source(source, exclude))
-    writer = VolumeWriter(sink, options.volume)
+    measure = measure_source(source, exclude)
+    volume = options.volume
+    if options.adapt_frames and measure.size >= _LARGE_FILES * max(1, measure.files):
+        volume = replace(volume, frame_size=LARGE_FRAME_SIZE)
+    progress.begin("encrypt", measure.size)
+    writer = VolumeWriter(sink, volume)
     try:
         with ErofsWriter(writer, uuid=IMAGE_UUID) as image:
             add_source(source, image, exclude, progress.advance)

@@ -51,24 +51,33 @@ def add_source(source: Path, writer: ErofsWriter, options: SourceOptions, advanc
         raise SourceError(f"{source} is neither a directory nor a regular file")
 
 
-def measure_source(source: Path, options: SourceOptions) -> int:
-    """Bytes of regular files in a source, for a progress bar's total: hard links once, holes not counted.
+@dataclass(frozen=True, slots=True)
+class SourceMeasure:
+    """Regular files of a source and their bytes: hard links once, holes not counted."""
+
+    files: int
+    size: int
+
+
+def measure_source(source: Path, options: SourceOptions) -> SourceMeasure:
+    """What a source holds, without reading it.
 
     Raises: NotFoundError, SourceError naming the path.
     """
     top = _stat_source(source)
     if not stat.S_ISDIR(top.st_mode):
-        return _allocated(top)
-    total = 0
+        return SourceMeasure(1, _allocated(top))
+    files = total = 0
     linked: set[tuple[int, int]] = set()
     for _, status in _walk(os.fsencode(source), options.exclude):
         if stat.S_ISREG(status.st_mode):
             identity = (status.st_dev, status.st_ino)
             if status.st_nlink == 1 or identity not in linked:
+                files += 1
                 total += _allocated(status)
             if status.st_nlink > 1:
                 linked.add(identity)
-    return total
+    return SourceMeasure(files, total)
 
 
 def _stat_source(source: Path) -> os.stat_result:

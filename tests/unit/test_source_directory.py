@@ -10,7 +10,7 @@ import pytest
 
 from encfs.erofs.writer import ErofsWriter
 from encfs.errors import NotFoundError, SourceError
-from imagetool.sources.directory import SourceOptions, add_source, measure_source
+from imagetool.sources.directory import SourceMeasure, SourceOptions, add_source, measure_source
 from tests.support.images import TEST_UUID, FileSink, open_image
 from tests.support.trees import Node, assert_same, scan_image, scan_tree
 
@@ -85,7 +85,7 @@ def test_exclusion_by_name_and_by_path(source: Path, tmp_path: Path, exclude: tu
     options = SourceOptions(exclude)
     assert names(nodes_of(source, tmp_path, options)) == everything - left
     files = [path for path in everything - left if (source / path).is_file()]
-    assert measure_source(source, options) == sum(len(path) for path in files)
+    assert measure_source(source, options) == SourceMeasure(len(files), sum(len(path) for path in files))
 
 
 def test_what_is_excluded_need_not_be_readable(source: Path, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_single_file_stands_in_a_directory_of_its_owner(source: Path, tmp_path
     assert nodes[b""].mode == 0o40755
     assert nodes[b"z.txt"].mode == 0o100640
     assert nodes[b""].uid == nodes[b"z.txt"].uid == file.stat().st_uid
-    assert measure_source(file, SourceOptions()) == len("z.txt")
+    assert measure_source(file, SourceOptions()) == SourceMeasure(1, len("z.txt"))
 
 
 def test_a_link_to_a_source_is_followed_and_links_within_are_not(source: Path, tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_holes_are_not_read_and_hard_links_are_read_once(tmp_path: Path) -> None
         os.truncate(file.fileno(), 2 << 30)
     (source / "one").write_bytes(b"y" * 8192)
     os.link(source / "one", source / "two")
-    assert measure_source(source, SourceOptions()) == 4096 + 8192
+    assert measure_source(source, SourceOptions()).size == 4096 + 8192
     assert image_of(source, tmp_path / "image") == 4096 + 8192
     assert (tmp_path / "image").stat().st_size < 1 << 20
 
