@@ -145,7 +145,8 @@ def test_help_is_short_and_says_the_defaults() -> None:
             assert not command.get_short_help_str(60).endswith("..."), f"{program} {name}"
     help_text = run("imagetool", "encrypt", "--help").stdout
     text = " ".join(help_text.split())
-    assert f"[default: {format_size(DEFAULT_FRAME_SIZE)}]".replace(" KiB", "KiB") in text
+    frames = f"{format_size(DEFAULT_FRAME_SIZE)}, {format_size(LARGE_FRAME_SIZE)} for large files"
+    assert f"[default: {frames}]".replace(" KiB", "KiB") in text
     assert f"[default: {format_size(DEFAULT_SEGMENT_SIZE)}]".replace(" GiB", "GiB") in text
 
 
