@@ -157,7 +157,9 @@ def command(
         if is_image:
             encrypt_image(terminal, job, ImageOptions(artifact_id, version, volume, max_layer_size), wanted)
         else:
-            encrypt_path(terminal, job, EncryptOptions(artifact_id, version, volume, tuple(exclude or ()), frame_size is None))
+            encrypt_path(
+                terminal, job, EncryptOptions(artifact_id, version, volume, tuple(exclude or ()), frame_size is None)
+            )
 
 
 def _checked_frame_size(size: int | None) -> int:

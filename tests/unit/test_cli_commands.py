@@ -24,6 +24,7 @@ from encfs.keys.jwk import GENERATED_TYPES
 from encfs.terminal import INTERNAL_ERROR_EXIT_CODE, Settings, Terminal
 from encfs.units import format_size
 from imagetool.cli.keygen import KeyType
+from imagetool.pipeline.encrypt import LARGE_FRAME_SIZE
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "cli.md").read_text()
