@@ -19,6 +19,7 @@ from bench.mounting import measure_mounting
 from bench.report import draw, markdown_table, write_json
 from bench.results import Comparison
 from bench.running import measure_running
+from bench.sealed import measure_sealed
 from bench.tensors import measure_tensors
 
 _SUITES: Mapping[str, Callable[[Workspace, Scale, KeyFiles], Iterator[Comparison]]] = {
@@ -29,6 +30,7 @@ _SUITES: Mapping[str, Callable[[Workspace, Scale, KeyFiles], Iterator[Comparison
     "mount": measure_mounting,
     "kernel": measure_kernel,
     "run": measure_running,
+    "tpm": measure_sealed,
     "safetensors": measure_tensors,
 }
 _RESULTS = Path(__file__).parent / "results"

@@ -67,8 +67,8 @@ class MountStatus:
 
     `started` in seconds since the epoch; `stats` are counters since then, sizes in bytes; `transfer` those of what came
     from a registry or its cache, and `prefetch` how far the background fetch is, both empty where nothing works
-    beside the mount; `device` is the mount's `major:minor`, as in /proc/self/mountinfo; `read_ahead` in bytes, 0 where it is not known.
-    What is not known of a mount that does not answer is empty or 0.
+    beside the mount; `device` is the mount's `major:minor`, as in /proc/self/mountinfo; `read_ahead` in bytes, 0 where
+    it is not known. What is not known of a mount that does not answer is empty or 0.
     """
 
     mountpoint: str
