@@ -151,6 +151,22 @@ def _expanded(function: Callable[..., None]) -> Callable[..., None]:
     return invoke
 
 
+def words_of(options: object) -> list[str]:
+    """The words of a command line that mean what a group of options holds."""
+    hints = get_type_hints(type(options), include_extras=True)
+    words: list[str] = []
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        value = getattr(options, field.name)
+        if value == field.default:
+            continue
+        option = hints[field.name].__metadata__[0]
+        # typer keeps the first name where a default would be without Annotated.
+        name = next(one for one in (option.default, *option.param_decls) if str(one).startswith("--"))
+        for one in value if isinstance(value, list) else [value]:
+            words += [name] if one is True else [name, str(one)]
+    return words
+
+
 def _fields(group: type[Any]) -> Iterator[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
     for field in dataclasses.fields(group):

@@ -66,6 +66,16 @@ class KeyOptions:
         ),
     ] = None
 
+    def check_repeatable(self) -> None:
+        """Raises UsageError where a key can be had only once: a daemon that is restarted asks for it again."""
+        for uri in self.keys or ():
+            scheme, _, rest = uri.partition(":")
+            if scheme == "env" or (scheme == "passphrase" and not rest.startswith(("file=", "command="))):
+                raise UsageError(
+                    f"a restarted daemon cannot get the key of {scheme}: again",
+                    hint="name the key by a file or service",
+                )
+
     @contextmanager
     def providers(self) -> Iterator[list[KeyProvider]]:
         """The providers of all keys, closed (and their secrets wiped) at the end. Raises: KeyFileError."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from encfs.commandline import size_option
+from encfs.commandline import size_option, words_of
 from encfs.commandparts import (
     CacheOptions,
     KeyOptions,
@@ -27,12 +29,17 @@ if TYPE_CHECKING:
 def command(
     terminal: Terminal,
     reference: ReferenceArgument,
-    directory: Annotated[
-        str, typer.Argument(metavar="DIR", help="The mount point, an existing directory.", show_default=False)
-    ],
     keys: KeyOptions,
     trust: TrustOptions,
     registry: CacheOptions,
+    directory: Annotated[
+        str,
+        typer.Argument(
+            metavar="[DIR]",
+            help="The mount point, an existing directory. Not needed with --fuse-fd.",
+            show_default=False,
+        ),
+    ] = "",
     foreground: Annotated[bool, typer.Option("--foreground", "-f", help="Stay, and log to standard error.")] = False,
     memory: Annotated[
         int | None, size_option("--memory", help="Plaintext that the daemon keeps, beside the kernel's page cache.")
@@ -74,6 +81,18 @@ def command(
         str | None,
         typer.Option("--log-file", metavar="FILE", help="Where the daemon logs.", show_default=False),
     ] = None,
+    fuse_fd: Annotated[
+        str | None,
+        typer.Option(
+            "--fuse-fd",
+            metavar="N|unix:SOCKET",
+            help="Serve a descriptor of /dev/fuse that was inherited, or that is handed over at a socket.",
+            show_default=False,
+        ),
+    ] = None,
+    supervised: Annotated[
+        bool, typer.Option("--supervise", help="Restart the daemon if it dies; open files and reads go on.")
+    ] = False,
 ) -> None:
     """Mount an artifact, or the root filesystem of an image.
 
@@ -84,6 +103,8 @@ def command(
     from encfs.image.artifact import image_parts
     from encfs.lazy import companion_for
     from encfs.mount import MountOptions, choose_shape, mount
+    from encfs.mount.handover import receive
+    from encfs.mount.supervisor import supervise
     from encfs.prefetching import parse_selection
 
     if upper is not None and not writable:
@@ -102,25 +123,57 @@ def command(
         upper=Path(upper) if upper is not None else None,
     )
 
-    if foreground:
+    if foreground or fuse_fd is not None:
         # The daemon in the background does the same for itself.
         forbid_dumps()
         forbid_swapping()
+    handover = None
 
     def report(status: MountStatus) -> None:
+        if handover is not None:
+            handover.tell("ready", status=status.to_json())
         terminal.result(status.to_json(), [f"{reference} is mounted on {status.mountpoint}"])
         terminal.flush()
 
-    with opened_artifact(terminal, reference, keys, trust, registry, memory=memory, platform=platform) as artifact:
+    if not directory and fuse_fd is None:
+        raise UsageError("the mount point is missing", hint="see 'encfs mount --help'")
+    if (supervised or fuse_fd is not None) and (backend != "fuse" or writable):
+        raise UsageError(
+            "--supervise and --fuse-fd are for read-only mounts that the daemon reads", hint="leave out one"
+        )
+    if supervised:
+        if fuse_fd is not None:
+            raise UsageError("--supervise mounts by itself", hint="leave out --fuse-fd, or --supervise")
+        keys.check_repeatable()
+        words = [sys.executable, "-P", "-c", "from encfs.cli import main; main()", "mount", "--progress", "none"]
+        words += ["--debug"] * terminal.settings.debug
+        words += [word for group in (keys, trust, registry) for word in words_of(group)]
+        words += ["--memory", str(memory)] * (memory is not None)
+        words += ["--allow-other"] * allow_other + ["--suid"] * suid + ["--dev"] * dev
+        words += ["--platform", str(platform)] * (platform is not None) + ["--prefetch", prefetch]
+        words += ["--prefetch-rate", str(prefetch_rate)] * (prefetch_rate is not None)
+        supervise([*words, reference], directory, options, reference, report)
+        return
+    if fuse_fd is not None:
+        handover = receive(fuse_fd)
+    with ExitStack() as stack:
+        if handover is not None:
+            stack.enter_context(handover.reporting())
+        artifact = stack.enter_context(
+            opened_artifact(terminal, reference, keys, trust, registry, memory=memory, platform=platform)
+        )
+        if handover is not None:
+            handover.check_content(artifact.content_digest)
         companion = companion_for(artifact, selection, rate=prefetch_rate)
         parts = image_parts(artifact, chosen_platform(platform))
         mount(
             choose_shape(parts.volumes, options, layered=parts.layered, proven=artifact.origin.proven),
-            directory,
+            directory or (handover.mountpoint if handover is not None else "") or f"/dev/fd/{fuse_fd}",
             options,
             reference=reference,
             content_digest=artifact.content_digest,
             owner=artifact,
             companion=companion,
             on_ready=report,
+            handover=handover,
         )

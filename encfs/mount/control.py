@@ -38,6 +38,26 @@ async def serve(server: socket.socket, status: _Status, stop: _Stop) -> None:
                 nursery.start_soon(_converse, connection, status, stop, limit)
 
 
+async def serve_channel(channel: socket.socket, status: _Status, stop: _Stop) -> None:
+    """Answer whoever is at the other end of a connection, until it ends. Owns `channel`."""
+    channel.setblocking(False)
+    with trio.socket.from_stdlib_socket(channel) as connection:
+        try:
+            while line := await _receive_line(connection):
+                answer, then = _answer(line, status, stop)
+                await _send(connection, answer)
+                if then is not None:
+                    then()
+        except OSError as error:
+            log.info("handover's socket: %s", error)
+
+
+async def _send(connection: trio.socket.SocketType, answer: Mapping[str, object]) -> None:
+    data = json.dumps(answer).encode() + b"\n"
+    while data:
+        data = data[await connection.send(data) :]
+
+
 async def _converse(connection: trio.socket.SocketType, status: _Status, stop: _Stop, limit: trio.Semaphore) -> None:
     try:
         with connection, trio.move_on_after(_PATIENCE):
@@ -45,9 +65,7 @@ async def _converse(connection: trio.socket.SocketType, status: _Status, stop: _
             if user not in {0, os.geteuid()}:
                 return
             answer, then = _answer(await _receive_line(connection), status, stop)
-            data = json.dumps(answer).encode() + b"\n"
-            while data:
-                data = data[await connection.send(data) :]
+            await _send(connection, answer)
             if then is not None:
                 then()
     except OSError as error:

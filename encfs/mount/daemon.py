@@ -24,6 +24,7 @@ from encfs.mount.reading import ImageContents
 from encfs.mount.runtime import listen, log_path, remove_own_files, runtime_directory, socket_path
 
 if TYPE_CHECKING:
+    from encfs.mount.handover import Handover
     from encfs.mount.session import MountPlan
     from encfs.mount.stacking import Shape
 
@@ -53,13 +54,14 @@ def mount(
     companion: Companion | None = None,
     on_ready: OnReady | None = None,
     ready_timeout: float = READY_TIMEOUT,
+    handover: Handover | None = None,
 ) -> MountStatus:
     """Mount what `choose_shape` made of an artifact; `on_ready` is called once it answers through the kernel.
 
     In the background (the default) this returns then; the daemon is another process, and this one may have no threads.
     In the foreground it returns when the mount has ended. `owner` (the artifact; by default the volumes) is taken over
-    and closed in any case. `companion` works beside the mount. `reference` and
-    `content_digest` are shown by `mounts()`. `ready_timeout` in seconds.
+    and closed in any case. `companion` works beside the mount. With `handover` somebody else has mounted it, and it is
+    served in the foreground. `reference` and `content_digest` are shown by `mounts()`. `ready_timeout` in seconds.
     Raises: MountError; StorageError for runtime directory or log file; FormatError, UnsupportedError for what is no
     EROFS image that can be read; what the volume raises for the image's beginning and its root directory.
     """
@@ -69,12 +71,14 @@ def mount(
     options = options or MountOptions()
     kept = owner or shape.volume
     try:
-        place = absolute(mountpoint)
+        # A place that is mounted already must not be looked at: nobody answers yet.
+        place = absolute(mountpoint) if handover is None else os.fspath(mountpoint)
         if options.log_file is not None:
             options = replace(options, log_file=options.log_file.absolute())
-        prepare(place, is_abandoned)
-        clear_leftovers(place)
-        check_fuse(allow_other=options.allow_other)
+        if handover is None:
+            prepare(place, is_abandoned)
+            clear_leftovers(place)
+            check_fuse(allow_other=options.allow_other)
         contents = ImageContents(shape.volume, shape.tree)
         plan = MountPlan(
             place,
@@ -85,8 +89,9 @@ def mount(
             options.log_file,
             shape.recipe,
             companion or NoCompanion(),
+            handover,
         )
-        if options.foreground:
+        if options.foreground or handover is not None:
             with logging_to(options.log_file):
                 return _run(plan, on_ready or _nobody)
         report = run_in_background(lambda report: _background(plan, kept, report), timeout=ready_timeout)
@@ -135,9 +140,11 @@ def _run(plan: MountPlan, on_ready: OnReady) -> MountStatus:
 
     with ExitStack() as stack:
         socket_file = socket_path(runtime_directory(), plan.mountpoint)
-        server = listen(socket_file)
         stack.callback(socket_file.unlink, missing_ok=True)
-        stack.callback(server.close)
+        server = None
+        if plan.handover is None or not plan.handover.relayed:
+            server = listen(socket_file)
+            stack.callback(server.close)
         stack.callback(plan.companion.close)
         session = Session(plan, on_ready)
         stack.enter_context(session.mounted())

@@ -22,7 +22,7 @@ from pathlib import Path
 from encfs.errors import MountError, NotMountedError
 from encfs.mount.options import IMAGE_PREFIX, MOUNT_SOURCE
 
-_FUSE_TYPE = "fuse.encfs"
+FUSE_TYPE = "fuse.encfs"
 #: Types that a mount can have whose files a daemon of ours serves in the end.
 _KERNEL_TYPES = frozenset({"overlay", "erofs"})
 _MOUNTINFO = Path("/proc/self/mountinfo")
@@ -58,7 +58,7 @@ class MountInfo:
         """FUSE mounts of ours, and what the kernel made of one: overlayfs, EROFS."""
         if self.filesystem_type in _KERNEL_TYPES:
             return self.source == MOUNT_SOURCE or self.source.startswith(IMAGE_PREFIX)
-        return self.filesystem_type == _FUSE_TYPE
+        return self.filesystem_type == FUSE_TYPE
 
 
 def parse_mountinfo(text: str) -> list[MountInfo]:

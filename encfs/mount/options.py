@@ -17,7 +17,8 @@ IMAGE_PREFIX = "encfs-"
 #: `serving`: its daemon answers. `detached`: it answers, but the mount is not seen here (unmounted lazily and still in
 #: use, or made in another mount namespace). `silent`: the daemon is there and does not answer. `dead`: the daemon is
 #: gone, and every access fails. `foreign`: a mount of ours without a control socket in this user's runtime directory.
-MountState = Literal["serving", "detached", "silent", "dead", "foreign"]
+#: `restarting`: a supervisor holds the mount until the next daemon is there; `failing`: none has come, reads fail.
+MountState = Literal["serving", "detached", "silent", "dead", "foreign", "restarting", "failing"]
 
 #: `auto`: the kernel's EROFS where it can be used and the artifact's origin is proven.
 BackendChoice = Literal["fuse", "erofs", "auto"]
@@ -68,7 +69,9 @@ class MountStatus:
     `started` in seconds since the epoch; `stats` are counters since then, sizes in bytes; `transfer` those of what came
     from a registry or its cache, and `prefetch` how far the background fetch is, both empty where nothing works
     beside the mount; `device` is the mount's `major:minor`, as in /proc/self/mountinfo; `read_ahead` in bytes, 0 where
-    it is not known. What is not known of a mount that does not answer is empty or 0.
+    it is not known.
+    `supervisor` is the process that restarts the daemon, or 0; `restarts` how often it has, `reason` why it last did.
+    What is not known of a mount that does not answer is empty or 0.
     """
 
     mountpoint: str
@@ -83,6 +86,9 @@ class MountStatus:
     log_file: str = ""
     backend: str = ""
     writable: bool = False
+    supervisor: int = 0
+    restarts: int = 0
+    reason: str = ""
     stats: Mapping[str, int] = field(default_factory=dict)
     transfer: Mapping[str, float] = field(default_factory=dict)
     prefetch: Mapping[str, object] = field(default_factory=dict)

@@ -5,6 +5,7 @@ Not here: requests (`filesystem`), the control protocol (`control`), foreground 
 
 from __future__ import annotations
 
+import base64
 import gc
 import logging
 import os
@@ -28,9 +29,12 @@ from encfs.mount.assembly import Recipe, assemble_apart, attach_at, open_fuse
 from encfs.mount.companion import Companion, NoCompanion
 from encfs.mount.failures import FailureLog
 from encfs.mount.filesystem import ImageFilesystem
+from encfs.mount.handover import Handover
 from encfs.mount.mountpoint import top_mount, unmount
+from encfs.mount.negotiation import Placeholder
 from encfs.mount.options import MOUNT_SOURCE, MountOptions, MountStatus
 from encfs.mount.reading import ImageContents
+from encfs.mount.runtime import listen, runtime_directory, socket_path
 from encfs.mount.tuning import raise_read_ahead
 
 #: Seconds that requests under way get when a mount is told to end.
@@ -49,7 +53,8 @@ OnReady = Callable[[MountStatus], None]
 class MountPlan:
     """What is to be mounted, and where. `log_file` is where this process logs, None for stderr.
 
-    `recipe` says what the kernel makes of the FUSE mount, which nobody sees then.
+    `recipe` says what the kernel makes of the FUSE mount, which nobody sees then. With `handover` somebody else has
+    mounted it, and unmounts it.
     """
 
     mountpoint: str
@@ -60,6 +65,7 @@ class MountPlan:
     log_file: Path | None
     recipe: Recipe | None = None
     companion: Companion = field(default_factory=NoCompanion)
+    handover: Handover | None = None
 
 
 class Session:
@@ -74,6 +80,7 @@ class Session:
         self._stopping = False
         self._error: EncfsError | None = None
         self._unattached = -1
+        handover = plan.handover
         self._base = MountStatus(
             mountpoint=plan.mountpoint,
             state="serving",
@@ -84,6 +91,9 @@ class Session:
             log_file=str(plan.log_file or ""),
             backend=plan.recipe.backend if plan.recipe is not None else "fuse",
             writable=plan.recipe is not None and plan.recipe.writable,
+            supervisor=handover.supervisor if handover is not None else 0,
+            restarts=handover.restarts if handover is not None else 0,
+            reason=handover.reason if handover is not None else "",
         )
 
     def status(self) -> MountStatus:
@@ -104,7 +114,10 @@ class Session:
         """Mount; unmount at the end unless somebody has done so, or has mounted something else there since."""
         place = self._plan.mountpoint
         before = polling.fuse_descriptors()
-        if self._plan.recipe is None:
+        if self._plan.handover is not None:
+            self._take_over(self._plan.handover)
+            self._note_device()
+        elif self._plan.recipe is None:
             initialise(self._filesystem, place, self._plan.options.kernel_options())
             self._note_device()
         else:
@@ -123,19 +136,34 @@ class Session:
             if self._unattached >= 0:
                 os.close(self._unattached)
             mine = top_mount(place)
-            if mine is not None and mine.is_ours and mine.device == self._base.device:
+            theirs = self._plan.handover is not None
+            if mine is not None and mine.is_ours and mine.device == self._base.device and not theirs:
                 _detach(place)
+
+    def _take_over(self, handover: Handover) -> None:
+        """Serve a connection that somebody else opened. Raises: MountError, UnsupportedError."""
+        placeholder = Placeholder()
+        initialise(self._filesystem, placeholder.path, self._plan.options.kernel_options())
+        try:
+            reply = placeholder.negotiate(handover.connection)
+        except BaseException:
+            pyfuse3.close(unmount=False)
+            raise
+        handover.tell("negotiated", init_reply=base64.b64encode(reply).decode())
 
     def _note_device(self) -> None:
         mine = top_mount(self._plan.mountpoint)
         self._base = replace(self._base, device=mine.device if mine is not None else "")
 
-    async def run(self, server: socket.socket) -> None:
-        """Answer requests until the mount ends."""
+    async def run(self, server: socket.socket | None) -> None:
+        """Answer requests until the mount ends. `server` None: whoever handed the mount over answers at a socket."""
         async with trio.open_nursery() as nursery:
             if threading.current_thread() is threading.main_thread():
                 await nursery.start(self._obey_signals)
-            nursery.start_soon(control.serve, server, lambda: self.status().to_json(), self.stop)
+            if server is not None:
+                nursery.start_soon(control.serve, server, self._describe, self.stop)
+            if self._plan.handover is not None and self._plan.handover.channel is not None:
+                nursery.start_soon(self._answer_giver, self._plan.handover.channel)
             nursery.start_soon(self._announce)
             with self._requests:
                 await pyfuse3.main(max_tasks=_MAX_TASKS)
@@ -148,6 +176,17 @@ class Session:
             self._stopping = True
             pyfuse3.terminate()
             self._requests.deadline = trio.current_time() + _GRACE
+
+    async def _answer_giver(self, channel: socket.socket) -> None:
+        """Answer whoever handed the mount over. Where that one goes, the mount goes on, and is asked for here."""
+        await control.serve_channel(channel, self._describe, self.stop)
+        log.info("%s: whoever handed the mount over is gone", self._plan.mountpoint)
+        if self._plan.handover is not None and self._plan.handover.relayed:
+            server = listen(socket_path(runtime_directory(), self._plan.mountpoint))
+            await control.serve(server, self._describe, self.stop)
+
+    def _describe(self) -> dict[str, object]:
+        return self.status().to_json()
 
     async def _obey_signals(self, *, task_status: trio.TaskStatus[None]) -> None:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -177,6 +216,11 @@ class Session:
         place = self._plan.mountpoint
         try:
             below = await self._assemble()
+            seen = self._plan.handover is None or bool(self._base.device)
+            if not seen:
+                # Mounted where this process does not look: that the kernel was answered is all that can be told.
+                self._announce_ready()
+                return
             device = await trio.to_thread.run_sync(_check_answers, place, abandon_on_cancel=True)
         except (OSError, MountError) as error:
             reason = error.strerror if isinstance(error, OSError) else error.message
@@ -187,10 +231,13 @@ class Session:
         # Of EROFS from a file it is not known: what counts there is that of the FUSE mount below.
         read_ahead = min((size for size in sizes if size), default=0)
         self._base = replace(self._base, read_ahead=read_ahead)
+        self._announce_ready()
+
+    def _announce_ready(self) -> None:
         # What has lived until now lives to the end: the collector need not look at it again.
         gc.collect()
         gc.freeze()
-        log.info("%s: mounted %s %s", place, self._plan.reference, self._plan.content_digest)
+        log.info("%s: mounted %s %s", self._plan.mountpoint, self._plan.reference, self._plan.content_digest)
         self._plan.companion.start()
         self._on_ready(self.status())
 

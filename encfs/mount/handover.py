@@ -1,0 +1,216 @@
+"""A FUSE descriptor handed from who mounts to who reads and decrypts: the daemon's side, and the messages.
+
+The two talk over a unix socket, one JSON object a line; the descriptor comes with the first one (SCM_RIGHTS):
+
+    giver  → {"encfs": 1, …: what `Handover` has}, or {} with a descriptor that nobody has read from yet
+           → {"error": "…"}: there is nothing to hand over
+    daemon → {"event": "negotiated", "init_reply": base64}, {"event": "ready", "status": {…}}
+           → {"event": "failed", "error": type, "message": "…", "hint": "…"}
+    giver  → requests of `protocol`, answered like those at a control socket
+
+Nothing that comes this way is trusted with anything but the mount itself. Not here: who gives (`keeper`), the FUSE
+session (`negotiation`).
+"""
+
+from __future__ import annotations
+
+import array
+import base64
+import binascii
+import json
+import os
+import socket
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+from encfs.errors import EncfsError, MountError, UsageError
+from encfs.mount.fusedevice import check_descriptor, read_init
+from encfs.mount.negotiation import Connection
+from encfs.mount.protocol import peer
+
+#: Seconds for a descriptor to be handed over, and for the kernel to begin on it.
+HANDOVER_TIMEOUT = 30.0
+#: Bytes of one message.
+MAX_MESSAGE = 64 << 10
+_MAX_ATTRIBUTES = 64
+_INTERVAL = 0.05
+_UNIX = "unix:"
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """What was handed over. `channel` is the socket it came by, owned by whoever holds this; None: a bare descriptor.
+
+    `mountpoint` is where the giver says it is mounted; `content_digest` what a predecessor served, which must be served
+    on; `attributes` what a volume was asked for with; `relayed`: the giver answers for the daemon at a control socket;
+    `restarts` and `reason`: how many daemons there were before, and what became of the last.
+    """
+
+    connection: Connection
+    mountpoint: str = ""
+    content_digest: str = ""
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    relayed: bool = False
+    supervisor: int = 0
+    restarts: int = 0
+    reason: str = ""
+    channel: socket.socket | None = None
+
+    def tell(self, event: str, **more: object) -> None:
+        """Tell the giver, if there is one and it still listens."""
+        if self.channel is not None:
+            with suppress(OSError):
+                self.channel.sendall(json.dumps({"event": event, **more}).encode() + b"\n")
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """An error in here is the giver's to know, too."""
+        try:
+            yield
+        except EncfsError as error:
+            self.tell("failed", error=type(error).__name__, message=error.message, hint=error.hint)
+            raise
+
+    def check_content(self, content_digest: str) -> None:
+        """Raises MountError where a predecessor served something else: open files would change under their readers."""
+        if self.content_digest not in {"", content_digest}:
+            raise MountError(
+                f"the reference names {content_digest} now, and the mount has served {self.content_digest}",
+                hint="unmount, and mount again, to change over to it",
+            )
+
+
+def receive(where: str, timeout: float = HANDOVER_TIMEOUT) -> Handover:
+    """What `--fuse-fd WHERE` stands for: a descriptor's number, of /dev/fuse or of a unix socket, or `unix:SOCKET`.
+
+    Waits at most `timeout` seconds for each of: the giver, the descriptor, the kernel. Raises: UsageError, MountError.
+    """
+    deadline = time.monotonic() + timeout
+    if where.startswith(_UNIX) and len(where) > len(_UNIX):
+        return _receive_from(_connect(where.removeprefix(_UNIX), deadline), deadline)
+    if not where.isascii() or not where.isdecimal() or len(where) > 7:
+        raise UsageError(f"--fuse-fd {where!r} is neither a descriptor nor a socket", hint="write N or unix:SOCKET")
+    number = int(where)
+    with suppress(OSError):
+        if stat.S_ISSOCK(os.fstat(number).st_mode):
+            return _receive_from(socket.socket(fileno=number), deadline)
+    check_descriptor(number, f"descriptor {number}")
+    os.set_inheritable(number, False)
+    return Handover(Connection(number, read_init(number, timeout)))
+
+
+def _connect(path: str, deadline: float) -> socket.socket:
+    while True:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            connection.connect(path)
+        except OSError as error:
+            connection.close()
+            if time.monotonic() >= deadline:
+                raise MountError(
+                    f"nobody hands a FUSE descriptor over at {path}: {error.strerror or error}",
+                    hint="is the node component running, and the volume in this pod?",
+                ) from None
+            time.sleep(_INTERVAL)
+        else:
+            return connection
+
+
+def _receive_from(channel: socket.socket, deadline: float) -> Handover:
+    descriptors: list[int] = []
+    try:
+        _check_peer(channel)
+        document = _first_message(channel, deadline, descriptors)
+        _check_descriptors(document, descriptors)
+        handover = parse(document, descriptors[0], max(1.0, deadline - time.monotonic()), channel)
+    except BaseException:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        channel.close()
+        raise
+    channel.settimeout(None)
+    return handover
+
+
+def _check_peer(channel: socket.socket) -> None:
+    _, user = peer(channel)
+    if user not in {0, os.geteuid()}:
+        raise MountError(
+            f"user {user} is at the other end of the handover's socket",
+            hint="only root and this daemon's own user may hand a descriptor over",
+        )
+
+
+def _check_descriptors(document: Mapping[str, object], descriptors: list[int]) -> None:
+    if "error" in document:
+        raise MountError(f"no descriptor is handed over: {str(document['error'])[:500]}")
+    if len(descriptors) != 1:
+        raise MountError(f"{len(descriptors)} descriptors were handed over, where one is needed")
+    check_descriptor(descriptors[0], "what was handed over")
+
+
+def _first_message(channel: socket.socket, deadline: float, descriptors: list[int]) -> Mapping[str, object]:
+    data = b""
+    try:
+        while b"\n" not in data and len(data) < MAX_MESSAGE:
+            channel.settimeout(max(0.01, deadline - time.monotonic()))
+            piece, ancillary, _, _ = channel.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(64), socket.MSG_CMSG_CLOEXEC)
+            for level, kind, content in ancillary:
+                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                    descriptors.extend(array.array("i", content[: len(content) // 4 * 4]))
+            if not piece:
+                raise MountError("the node component ended the handover before it gave a descriptor")
+            data += piece
+        document = json.loads(data)
+    except TimeoutError:
+        raise MountError("no descriptor was handed over in time") from None
+    except (OSError, ValueError, RecursionError):
+        raise MountError("the handover is no message of this protocol") from None
+    if not isinstance(document, dict):
+        raise MountError("the handover is no message of this protocol")
+    return document
+
+
+def parse(document: Mapping[str, object], descriptor: int, timeout: float, channel: socket.socket | None) -> Handover:
+    """A giver's first message. Raises: MountError."""
+    mountpoint, digest, reason = (document.get(name, "") for name in ("mountpoint", "content_digest", "reason"))
+    attributes = document.get("attributes", {})
+    restarts, supervisor = document.get("restarts", 0), document.get("supervisor", 0)
+    if (
+        not isinstance(mountpoint, str)
+        or not isinstance(digest, str)
+        or not isinstance(reason, str)
+        or not isinstance(restarts, int)
+        or not isinstance(supervisor, int)
+        or not isinstance(attributes, dict)
+        or len(attributes) > _MAX_ATTRIBUTES
+        or not all(isinstance(value, str) for value in attributes.values())
+    ):
+        raise MountError("the handover has members of a wrong kind")
+    request, reply = _octets(document, "init_request"), _octets(document, "init_reply")
+    return Handover(
+        Connection(
+            descriptor, request or read_init(descriptor, timeout), reply if request else None, kept=bool(request)
+        ),
+        mountpoint=mountpoint,
+        content_digest=digest,
+        attributes=attributes,
+        relayed=document.get("relayed") is True,
+        supervisor=supervisor,
+        restarts=restarts,
+        reason=reason,
+        channel=channel,
+    )
+
+
+def _octets(document: Mapping[str, object], name: str) -> bytes | None:
+    value = document.get(name)
+    if value is None:
+        return None
+    try:
+        return base64.b64decode(value, validate=True) if isinstance(value, str) else None
+    except binascii.Error:
+        raise MountError(f"the handover's {name} is not base64") from None

@@ -1,0 +1,82 @@
+"""Keep a FUSE connection while daemons come and go: whoever serves it gets it handed over, one at a time.
+
+For processes that hold no key: the supervisor of a mount, the node plugin. Not here: when a daemon is started
+(`supervisor`), the daemon's side and the messages (`handover`).
+"""
+
+from __future__ import annotations
+
+import array
+import base64
+import json
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from encfs.mount.fusedevice import can_resend, clone, read_init
+
+#: Seconds for the kernel to begin, once something is mounted.
+_INIT_TIMEOUT = 10.0
+
+
+@dataclass(slots=True)
+class Keeper:
+    """One FUSE connection. `descriptor` is owned; `content_digest` is what is served, once a daemon has said so."""
+
+    descriptor: int
+    mountpoint: str
+    init_request: bytes
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    init_reply: bytes | None = None
+    content_digest: str = ""
+    restarts: int = 0
+    reason: str = ""
+
+    @classmethod
+    def begin(cls, descriptor: int, mountpoint: str, attributes: Mapping[str, str] | None = None) -> Keeper:
+        """For a descriptor that was just mounted. Raises: MountError."""
+        return cls(descriptor, mountpoint, read_init(descriptor, _INIT_TIMEOUT), attributes or {})
+
+    def hand_over(self, channel: socket.socket, *, relayed: bool = False) -> None:
+        """Give the connection to the daemon at the other end. Raises: MountError, OSError."""
+        document = {
+            "encfs": 1,
+            "mountpoint": self.mountpoint,
+            "init_request": base64.b64encode(self.init_request).decode(),
+            "init_reply": None if self.init_reply is None else base64.b64encode(self.init_reply).decode(),
+            "content_digest": self.content_digest,
+            "attributes": dict(self.attributes),
+            "relayed": relayed,
+            "supervisor": os.getpid() if relayed else 0,
+            "restarts": self.restarts,
+            "reason": self.reason,
+        }
+        # Where the kernel cannot send requests again, those of a daemon that dies are to fail, not to wait for ever:
+        # they do when its own descriptor is closed.
+        own = can_resend(self.init_request)
+        descriptor = self.descriptor if own else clone(self.descriptor)
+        try:
+            channel.sendmsg(
+                [json.dumps(document).encode() + b"\n"],
+                [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))],
+            )
+        finally:
+            if not own:
+                os.close(descriptor)
+
+    def note(self, event: Mapping[str, object]) -> None:
+        """Take in what a daemon tells, and pass its first answer on to the kernel. Raises: OSError where that fails."""
+        match event:
+            case {"event": "negotiated", "init_reply": str(reply)} if self.init_reply is None:
+                self.init_reply = base64.b64decode(reply)
+                # From the descriptor that the request was read from: the kernel looks for it there.
+                os.write(self.descriptor, self.init_reply)
+            case {"event": "ready", "status": {"content_digest": str(digest)}} if not self.content_digest:
+                self.content_digest = digest
+
+    def close(self) -> None:
+        """End the connection: every request that waits fails."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1

@@ -1,0 +1,356 @@
+"""Stand behind a mount: hold its FUSE connection, start the daemon that serves it, and another when that one dies.
+
+Open files and requests under way survive: they wait for the next daemon, or, when none comes within `PATIENCE`, fail
+with EIO until one does. The supervisor never sees a key: each daemon gets it from the provider itself. SIGHUP replaces
+the daemon (after an upgrade), SIGTERM ends the mount. Not here: serving (`session`), handing over (`keeper`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+from encfs import errors
+from encfs.errors import EncfsError, MountError
+from encfs.mount.background import Report, run_in_background
+from encfs.mount.client import clear_leftovers, is_abandoned
+from encfs.mount.daemon import READY_TIMEOUT
+from encfs.mount.fusedevice import open_mounted, refuse_requests
+from encfs.mount.keeper import Keeper
+from encfs.mount.logs import logging_to
+from encfs.mount.mountpoint import absolute, check_fuse, prepare, top_mount, unmount
+from encfs.mount.options import MountOptions, MountStatus
+from encfs.mount.protocol import MAX_ANSWER, MAX_REQUEST_LINE, peer
+from encfs.mount.runtime import listen, log_path, remove_own_files, runtime_directory, socket_path
+
+#: Seconds for which requests wait for the next daemon; from then on they fail with EIO until there is one.
+PATIENCE = 60.0
+#: Seconds between two starts: the first follows at once, the next ones double up to the last.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 30.0
+#: A daemon that served for so many seconds is no part of a crash loop.
+_STEADY = 10.0
+#: Seconds that a daemon gets to end.
+_GRACE = 10.0
+#: Seconds that a daemon, and somebody at the control socket, get for their lines.
+_RELAY_PATIENCE = 2.0
+
+log = logging.getLogger("encfs.mount")
+
+
+@dataclass(slots=True)
+class _Daemon:
+    process: subprocess.Popen[bytes]
+    watch: int
+    channel: socket.socket
+    started: float = field(default_factory=time.monotonic)
+    ready: bool = False
+    negotiated: bool = False
+    received: bytes = b""
+    answers: list[Mapping[str, object]] = field(default_factory=list)
+    error: EncfsError | None = None
+
+
+class Supervisor:
+    """One mount, from before its first daemon to after its last."""
+
+    def __init__(self, words: Sequence[str], place: str, options: MountOptions, reference: str, directory: str) -> None:
+        """`words` start a daemon once `--fuse-fd N` is added to them. `place` is a fit mount point, absolute."""
+        self._words = words
+        self._place = place
+        self._options = options
+        self._reference = reference
+        self._directory = directory
+        self._daemon: _Daemon | None = None
+        self._lost = time.monotonic()
+        self._next_start = 0.0
+        self._pause = _FIRST_PAUSE
+        self._stopping = self._replacing = False
+        self._device = ""
+        self._started = time.time()
+
+    def run(self, on_ready: Callable[[MountStatus], None]) -> None:
+        """Until the mount has ended. Raises: EncfsError where it does not come about at all."""
+        directory = runtime_directory()
+        descriptor = open_mounted(self._place, self._options)
+        try:
+            mine = top_mount(self._place)
+            self._device = mine.device if mine is not None else ""
+            self._keeper = Keeper.begin(descriptor, self._place)
+            self._server = listen(socket_path(directory, self._place))
+            self._wake, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            signal.set_wakeup_fd(writing)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, self._obey)
+            self._start()
+            self._loop(on_ready)
+        finally:
+            self._end_daemon()
+            os.close(descriptor)
+            mine = top_mount(self._place)
+            if mine is not None and mine.is_ours and mine.device == self._device:
+                with suppress(EncfsError):
+                    unmount(self._place, lazy=True)
+            remove_own_files(directory, self._place)
+
+    def _obey(self, number: int, _: object) -> None:
+        if number == signal.SIGHUP:
+            self._replacing = True
+        else:
+            self._stopping = True
+        if self._daemon is not None:
+            self._daemon.process.terminate()
+
+    # The loop
+
+    def _loop(self, on_ready: Callable[[MountStatus], None]) -> None:
+        served = False
+        while True:
+            self._wait()
+            if self._stopping or not self._connected():
+                return
+            daemon = self._daemon
+            if daemon is not None and daemon.ready and not served:
+                served = True
+                on_ready(self._status_of_daemon(daemon))
+            if daemon is not None and daemon.process.poll() is not None:
+                self._listen_to(daemon)
+                if not served:
+                    raise daemon.error or MountError(
+                        "the mount's daemon ended before it was ready", hint="mount without --supervise to see why"
+                    )
+                if daemon.process.returncode == 0 and not self._replacing:
+                    return
+                self._lose(daemon)
+            if self._daemon is None and time.monotonic() >= self._next_start:
+                self._start()
+            if self._refusing and not refuse_requests(self._keeper.descriptor):
+                return
+
+    @property
+    def _refusing(self) -> bool:
+        negotiated = self._daemon is not None and self._daemon.negotiated
+        return not negotiated and time.monotonic() - self._lost > PATIENCE
+
+    def _connected(self) -> bool:
+        """Whether the mount is still there: the kernel says so when its last place is gone."""
+        poller = select.poll()
+        poller.register(self._keeper.descriptor, 0)
+        return not poller.poll(0)
+
+    def _wait(self) -> None:
+        poller = select.poll()
+        poller.register(self._wake, select.POLLIN)
+        poller.register(self._server, select.POLLIN)
+        poller.register(self._keeper.descriptor, select.POLLIN if self._refusing else 0)
+        daemon = self._daemon
+        if daemon is not None:
+            poller.register(daemon.watch, select.POLLIN)
+            poller.register(daemon.channel, select.POLLIN)
+        for descriptor, _ in poller.poll(self._longest_wait() * 1000):
+            if descriptor == self._wake:
+                with suppress(BlockingIOError):
+                    os.read(self._wake, 64)
+            elif descriptor == self._server.fileno():
+                self._converse()
+            elif daemon is not None and descriptor == daemon.channel.fileno():
+                self._listen_to(daemon)
+
+    def _longest_wait(self) -> float:
+        now = time.monotonic()
+        if self._daemon is None:
+            return max(0.0, min(self._next_start - now, 1.0))
+        return 5.0 if self._daemon.negotiated or self._refusing else 1.0
+
+    # Daemons
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        number = theirs.fileno()
+        with theirs:
+            process = subprocess.Popen(
+                [*self._words, "--fuse-fd", str(number)],
+                pass_fds=[number],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                # Paths in the words are meant from where the command was given.
+                cwd=self._directory,
+            )
+        self._daemon = _Daemon(process, os.pidfd_open(process.pid), ours)
+        with suppress(BrokenPipeError):
+            self._keeper.hand_over(ours, relayed=True)
+        ours.setblocking(False)
+
+    def _lose(self, daemon: _Daemon) -> None:
+        code = daemon.process.returncode
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        self._keeper.reason = "replaced" if self._replacing else f"{how}: {daemon.error}" if daemon.error else how
+        steady = daemon.ready and time.monotonic() - daemon.started > _STEADY
+        if daemon.negotiated:
+            self._lost = time.monotonic()
+        self._pause = _FIRST_PAUSE if steady or self._replacing else min(self._pause * 2, _LONGEST_PAUSE)
+        # The first start follows at once: whatever killed the daemon need not kill the next one.
+        self._next_start = time.monotonic() + (0.0 if steady or self._replacing or daemon.ready else self._pause)
+        self._keeper.restarts += 1
+        log.warning("%s: the daemon %d was lost: %s", self._place, daemon.process.pid, self._keeper.reason)
+        self._replacing = False
+        self._forget(daemon)
+
+    def _forget(self, daemon: _Daemon) -> None:
+        os.close(daemon.watch)
+        daemon.channel.close()
+        self._daemon = None
+
+    def _end_daemon(self) -> None:
+        daemon = self._daemon
+        if daemon is None:
+            return
+        daemon.process.terminate()
+        try:
+            daemon.process.wait(_GRACE)
+        except subprocess.TimeoutExpired:
+            daemon.process.kill()
+            daemon.process.wait()
+        self._forget(daemon)
+
+    def _listen_to(self, daemon: _Daemon) -> None:
+        while True:
+            try:
+                piece = daemon.channel.recv(MAX_ANSWER)
+            except OSError:
+                return
+            if not piece:
+                return
+            *lines, daemon.received = (daemon.received + piece).split(b"\n")
+            if len(daemon.received) > MAX_ANSWER:
+                daemon.received = b""
+            for line in lines:
+                with suppress(ValueError, RecursionError):
+                    self._note(daemon, json.loads(line))
+
+    def _note(self, daemon: _Daemon, message: object) -> None:
+        if not isinstance(message, dict):
+            return
+        if "event" not in message:
+            daemon.answers.append(message)
+            return
+        try:
+            self._keeper.note(message)
+        except OSError as error:
+            log.warning("%s: the mount has ended before it began: %s", self._place, error.strerror)
+        match message:
+            case {"event": "negotiated"}:
+                daemon.negotiated = True
+            case {"event": "ready"}:
+                daemon.ready = True
+            case {"event": "failed", "error": str(name), "message": str(text), "hint": str() | None as hint}:
+                kind = getattr(errors, name, MountError)
+                daemon.error = kind(text, hint=hint)
+
+    # The control socket
+
+    def _converse(self) -> None:
+        with suppress(OSError, ValueError, RecursionError):
+            connection, _ = self._server.accept()
+            with connection:
+                connection.settimeout(_RELAY_PATIENCE)
+                _, user = peer(connection)
+                if user not in {0, os.geteuid()}:
+                    return
+                request = json.loads(connection.makefile("rb").readline(MAX_REQUEST_LINE))
+                match request:
+                    case {"op": "status"}:
+                        answer: Mapping[str, object] = {"ok": True, "status": self._status().to_json()}
+                    case {"op": "stop"}:
+                        answer = {"ok": True}
+                        self._stopping = True
+                    case _:
+                        answer = {"ok": False, "error": "unknown operation"}
+                connection.sendall(json.dumps(answer).encode() + b"\n")
+
+    def _status(self) -> MountStatus:
+        daemon = self._daemon
+        if daemon is not None and daemon.ready and daemon.process.poll() is None:
+            return self._status_of_daemon(daemon)
+        return self._own_status("failing" if self._refusing else "restarting")
+
+    def _own_status(self, state: str) -> MountStatus:
+        return MountStatus(
+            self._place,
+            state,  # type: ignore[arg-type]
+            device=self._device,
+            reference=self._reference,
+            content_digest=self._keeper.content_digest,
+            started=self._started,
+            log_file=str(self._options.log_file or ""),
+            supervisor=os.getpid(),
+            restarts=self._keeper.restarts,
+            reason=self._keeper.reason,
+        )
+
+    def _status_of_daemon(self, daemon: _Daemon) -> MountStatus:
+        daemon.answers.clear()
+        deadline = time.monotonic() + _RELAY_PATIENCE
+        with suppress(OSError):
+            daemon.channel.sendall(b'{"op": "status"}\n')
+            while not daemon.answers and (left := deadline - time.monotonic()) > 0:
+                if not select.select([daemon.channel.fileno(), daemon.watch], [], [], left)[0]:
+                    break
+                self._listen_to(daemon)
+                if daemon.process.poll() is not None:
+                    break
+        for answer in daemon.answers:
+            if isinstance(status := answer.get("status"), dict):
+                return MountStatus(**status)
+        return self._own_status("silent")
+
+
+def supervise(
+    words: Sequence[str],
+    mountpoint: str,
+    options: MountOptions,
+    reference: str,
+    on_ready: Callable[[MountStatus], None],
+) -> None:
+    """Mount, with a supervisor behind the daemon; `words` start a daemon once `--fuse-fd N` is added to them.
+
+    In the background it returns once the mount answers, in the foreground when it has ended.
+    Raises: EncfsError, what the first daemon reports among them.
+    """
+    place, directory = absolute(mountpoint), os.getcwd()
+    prepare(place, is_abandoned)
+    clear_leftovers(place)
+    check_fuse(allow_other=options.allow_other)
+    if options.foreground:
+        with logging_to(options.log_file):
+            Supervisor(words, place, options, reference, directory).run(on_ready)
+        return
+    report = run_in_background(
+        lambda report: _background(words, place, options, reference, directory, report), timeout=READY_TIMEOUT
+    )
+    on_ready(MountStatus(**report))  # type: ignore[arg-type]
+
+
+def _background(
+    words: Sequence[str], place: str, options: MountOptions, reference: str, directory: str, report: Report
+) -> int:
+    try:
+        # One log for supervisor and daemons, which goes with the mount unless it was asked for.
+        file = options.log_file or log_path(runtime_directory(), place)
+        with logging_to(file):
+            supervisor = Supervisor(
+                [*words, "--log-file", str(file)], place, replace(options, log_file=file), reference, directory
+            )
+            supervisor.run(lambda status: report.ready(status.to_json()))
+    except EncfsError as error:
+        report.failed(error)
+        return error.exit_code
+    return 0

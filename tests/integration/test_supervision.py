@@ -1,0 +1,247 @@
+"""Mounts behind a supervisor: daemons are killed under readers who must not notice, or see a clean error."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.mounts import REPOSITORY, detach_all, is_mounted, wait_for_end
+
+pytestmark = [pytest.mark.fuse, pytest.mark.root]
+
+_SIZE = 24 << 20
+
+
+class Mounted:
+    """An artifact on disk, and the command that mounts it."""
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self.place = base / "mount"
+        self.place.mkdir()
+        self.environment = {**os.environ, "ENCFS_RUNTIME_DIR": str(base / "run")}
+        model = base / "model"
+        model.mkdir()
+        self.content = random.Random(7).randbytes(_SIZE)
+        (model / "weights").write_bytes(self.content)
+        (model / "hello").write_text("hello\n")
+        self.imagetool("keygen", "-o", base / "a.jwk")
+        self.imagetool("encrypt", model, self.reference, "-r", base / "a.jwk.pub")
+
+    @property
+    def reference(self) -> str:
+        return f"oci:{self.base / 'store'}:v1"
+
+    @property
+    def weights(self) -> Path:
+        return self.place / "weights"
+
+    def imagetool(self, *words: str | Path) -> None:
+        subprocess.run([Path(sys.executable).parent / "imagetool", *words], check=True, capture_output=True, timeout=60)
+
+    def encfs(self, *words: str | Path, code: int = 0, **environment: str) -> dict[str, Any]:
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.support.supervised", *words, "--json"],
+            cwd=REPOSITORY,
+            env={**self.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == code, done.stderr
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
+
+    def mount(self, *words: str | Path, code: int = 0, **environment: str) -> dict[str, Any]:
+        options = ("--supervise", "--allow-unsigned", *words)
+        if "-k" not in words:
+            options += ("-k", self.base / "a.jwk")
+        return self.encfs("mount", self.reference, self.place, *options, code=code, **environment)
+
+    def status(self) -> dict[str, Any]:
+        found: list[dict[str, Any]] = self.encfs("status")["mounts"]
+        return next(one for one in found if one["mountpoint"] == str(self.place))
+
+    def wait_for(self, condition: Callable[[dict[str, Any]], bool], seconds: float = 15.0) -> dict[str, Any]:
+        deadline = time.monotonic() + seconds
+        while not condition(status := self.status()):
+            assert time.monotonic() < deadline, status
+            time.sleep(0.05)
+        return status
+
+    def read(self, descriptor: int, offset: int, size: int) -> bool:
+        """Whether a read from the daemon, not from the page cache, is what was encrypted."""
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        return os.pread(descriptor, size, offset) == self.content[offset : offset + size]
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Mounted]:
+    mounted = Mounted(tmp_path)
+    yield mounted
+    supervisors = [one["supervisor"] for one in mounted.encfs("status")["mounts"] if one["supervisor"]]
+    detach_all(mounted.place)
+    for pid in supervisors:
+        assert wait_for_end(pid, 15)
+
+
+def test_readers_do_not_notice_that_the_daemon_is_killed(mounted: Mounted) -> None:
+    mounted.mount()
+    wrong: list[int] = []
+    errors: list[OSError] = []
+    longest = [0.0] * 3
+    done = threading.Event()
+
+    def read(number: int) -> None:
+        source = random.Random(number)
+        descriptor = os.open(mounted.weights, os.O_RDONLY)
+        while not done.is_set():
+            offset = source.randrange(_SIZE - 100_000)
+            started = time.monotonic()
+            try:
+                if not mounted.read(descriptor, offset, 100_000):
+                    wrong.append(offset)
+            except OSError as error:
+                errors.append(error)
+            longest[number] = max(longest[number], time.monotonic() - started)
+            if number:  # the first one keeps its file open over all daemons
+                os.close(descriptor)
+                descriptor = os.open(mounted.weights, os.O_RDONLY)
+        os.close(descriptor)
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for restarts in range(2):
+            status = mounted.wait_for(
+                lambda status, n=restarts: status["state"] == "serving" and status["restarts"] == n
+            )
+            os.kill(status["pid"], signal.SIGKILL)
+        status = mounted.wait_for(lambda status: status["state"] == "serving" and status["restarts"] == 2)
+        time.sleep(0.3)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+    assert errors == []
+    assert 0 < max(longest) < 5.0  # about 1 s where the machine has nothing else to do
+    assert status["reason"] == "killed by SIGKILL"
+    assert "was lost: killed by SIGKILL" in Path(status["log_file"]).read_text()
+
+
+def test_a_kernel_that_cannot_resend_fails_requests_under_way_and_goes_on(mounted: Mounted) -> None:
+    status = mounted.mount(ENCFS_TEST_NO_RESEND="1")
+    descriptor = os.open(mounted.weights, os.O_RDONLY)
+    os.kill(status["pid"], signal.SIGSTOP)
+    failures: list[OSError] = []
+
+    def read() -> None:
+        try:
+            os.pread(descriptor, 100_000, 8 << 20)
+        except OSError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    time.sleep(0.3)
+    os.kill(status["pid"], signal.SIGKILL)
+    thread.join(10)
+    assert not thread.is_alive()
+    mounted.wait_for(lambda status: status["state"] == "serving" and status["restarts"] == 1)
+    assert mounted.read(descriptor, 8 << 20, 100_000)
+    os.close(descriptor)
+    # The daemon was stopped before it took the request, or after: it was answered by the next one, or failed.
+    assert [failure.errno for failure in failures] in ([], [errno.ECONNABORTED])
+
+
+def test_without_a_daemon_reads_fail_in_bounded_time_and_recover(mounted: Mounted) -> None:
+    status = mounted.mount(ENCFS_TEST_PATIENCE="1")
+    descriptor = os.open(mounted.weights, os.O_RDONLY)
+    key = mounted.base / "a.jwk"
+    key.rename(mounted.base / "away")
+    os.kill(status["pid"], signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(OSError, match="Input/output error"):
+        mounted.read(descriptor, 4 << 20, 4096)
+    assert time.monotonic() - started < 10
+    status = mounted.wait_for(lambda status: status["state"] == "failing")
+    assert "a.jwk" in status["reason"]
+    (mounted.base / "away").rename(key)
+    mounted.wait_for(lambda status: status["state"] == "serving", 30)
+    assert mounted.read(descriptor, 4 << 20, 4096)
+    os.close(descriptor)
+
+
+def test_other_content_under_the_same_name_is_not_served_to_open_files(mounted: Mounted) -> None:
+    status = mounted.mount(ENCFS_TEST_PATIENCE="1")
+    descriptor = os.open(mounted.weights, os.O_RDONLY)
+    (mounted.base / "model" / "weights").write_bytes(bytes(_SIZE))
+    mounted.imagetool("encrypt", mounted.base / "model", mounted.reference, "-r", mounted.base / "a.jwk.pub")
+    os.kill(status["pid"], signal.SIGKILL)
+    status = mounted.wait_for(lambda status: status["state"] == "failing")
+    assert "and the mount has served" in status["reason"]
+    with pytest.raises(OSError, match="Input/output error"):
+        mounted.read(descriptor, 0, 4096)
+    os.close(descriptor)
+
+
+def test_hangup_replaces_the_daemon(mounted: Mounted) -> None:
+    status = mounted.mount()
+    descriptor = os.open(mounted.weights, os.O_RDONLY)
+    os.kill(status["supervisor"], signal.SIGHUP)
+    later = mounted.wait_for(lambda status: status["state"] == "serving" and status["restarts"] == 1)
+    assert (later["reason"], later["pid"] != status["pid"]) == ("replaced", True)
+    assert mounted.read(descriptor, 1 << 20, 4096)
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("how", ["umount", "SIGTERM", "force"])
+def test_the_end_leaves_nothing(mounted: Mounted, how: str) -> None:
+    status = mounted.mount()
+    assert (mounted.place / "hello").read_text() == "hello\n"
+    if how == "SIGTERM":
+        os.kill(status["supervisor"], signal.SIGTERM)
+    else:
+        mounted.encfs("umount", mounted.place, *(["--force"] if how == "force" else []))
+    assert wait_for_end(status["supervisor"])
+    assert wait_for_end(status["pid"])
+    assert not is_mounted(mounted.place)
+    assert list((mounted.base / "run").iterdir()) == []
+
+
+def test_a_daemon_whose_supervisor_is_gone_serves_on(mounted: Mounted) -> None:
+    status = mounted.mount()
+    os.kill(status["supervisor"], signal.SIGKILL)
+    assert wait_for_end(status["supervisor"])
+    later = mounted.wait_for(lambda later: later["state"] == "serving" and later["pid"] == status["pid"])
+    assert (mounted.place / "hello").read_text() == "hello\n"
+    mounted.encfs("umount", mounted.place)
+    assert wait_for_end(later["pid"])
+
+
+def test_what_the_first_daemon_finds_is_what_the_command_says(mounted: Mounted) -> None:
+    mounted.imagetool("keygen", "-o", mounted.base / "eve.jwk")
+    answer = mounted.mount("-k", mounted.base / "eve.jwk", code=22)
+    assert answer["error"]["type"] == "WrongKeyError"
+    assert not is_mounted(mounted.place)
+
+
+@pytest.mark.parametrize("key", ["env:KEY", "passphrase:", "passphrase:fd=3"])
+def test_keys_that_can_be_had_once_only_are_refused(mounted: Mounted, key: str) -> None:
+    answer = mounted.mount("-k", key, code=2)
+    assert "cannot get the key" in answer["error"]["message"]
