@@ -269,32 +269,37 @@ def opened_artifact(
     *,
     memory: int | None = None,
     platform: str | None = None,
+    auxiliary: bool = False,
 ) -> Iterator[Artifact]:
     """An accepted and unwrapped artifact, closed at the end; warns of what its origin leaves open.
 
-    `memory` is the plaintext that each volume may keep (bytes); `platform` chooses in an image index. Raises: as
-    `encfs.artifact.open_artifact`.
+    `memory` is the plaintext that each volume may keep (bytes); `platform` chooses in an image index; `auxiliary` opens
+    the volumes, too, that only going back to an image needs. An image that was asked for by its platform, or chosen
+    by this machine's, is of that platform: its config says so.
+    Raises: as `encfs.artifact.open_artifact`; UnsupportedError for an image of another platform.
     """
     from encfs.artifact import open_artifact
     from encfs.format.volume import DEFAULT_CACHE_SIZE
-    from encfs.image.artifact import choose_manifest, is_needed
+    from encfs.image.artifact import check_image_platform, choose_manifest, is_needed
 
-    policy = trust.policy()
-    with (
-        keys.providers() as providers,
-        opened_source(reference, registry) as source,
-        open_artifact(
+    policy, wanted = trust.policy(), chosen_platform(platform)
+    with keys.providers() as providers, opened_source(reference, registry) as source:
+        document = source.document()
+        manifest = choose_manifest(source, document, wanted)
+        with open_artifact(
             source,
             keys=providers,
             trust=policy,
             cache_size=DEFAULT_CACHE_SIZE if memory is None else memory,
             label=reference,
-            wanted=is_needed,
-            manifest=choose_manifest(source, chosen_platform(platform)),
-        ) as artifact,
-    ):
-        warn_of_origin(terminal, artifact.origin)
-        yield artifact
+            wanted=None if auxiliary else is_needed,
+            manifest=manifest,
+        ) as artifact:
+            # An index is signed by nobody: what it says of platforms has to be what the image says.
+            if platform is not None or manifest is not document:
+                check_image_platform(artifact, wanted)
+            warn_of_origin(terminal, artifact.origin)
+            yield artifact
 
 
 def chosen_platform(text: str | None) -> Platform:
@@ -322,6 +327,7 @@ def list_artifact(
     trust: TrustOptions,
     registry: RegistryOptions,
     *,
+    platform: str | None,
     recursive: bool,
     long: bool,
 ) -> None:
@@ -330,7 +336,7 @@ def list_artifact(
 
     from encfs.browse import Listed, listing, open_image
 
-    with opened_artifact(terminal, reference, keys, trust, registry) as artifact:
+    with opened_artifact(terminal, reference, keys, trust, registry, platform=platform) as artifact:
         entries = listing(open_image(artifact), os.fsencode(path), recursive=recursive)
 
         def shown(found: Iterable[Listed]) -> Iterator[tuple[dict[str, object], str]]:
@@ -348,6 +354,8 @@ def extract_artifact(
     keys: KeyOptions,
     trust: TrustOptions,
     registry: RegistryOptions,
+    *,
+    platform: str | None,
 ) -> None:
     """`imagetool decrypt` and `encfs extract`."""
     import time
@@ -359,7 +367,10 @@ def extract_artifact(
     from encfs.units import format_duration, format_size
 
     started = time.monotonic()
-    with opened_artifact(terminal, reference, keys, trust, registry) as artifact, terminal.progress() as progress:
+    with (
+        opened_artifact(terminal, reference, keys, trust, registry, platform=platform) as artifact,
+        terminal.progress() as progress,
+    ):
         image = open_image(artifact)
         ahead = ReadAhead(image.volume)
         try:

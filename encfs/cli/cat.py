@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from encfs.commandparts import CacheOptions, KeyOptions, ReferenceArgument, TrustOptions, opened_artifact
+from encfs.commandparts import (
+    CacheOptions,
+    KeyOptions,
+    PlatformOption,
+    ReferenceArgument,
+    TrustOptions,
+    opened_artifact,
+)
 from encfs.errors import UsageError
 from encfs.terminal import Terminal
 
@@ -18,6 +25,8 @@ def command(
     path: Annotated[
         str, typer.Argument(metavar="PATH", help="A regular file inside the artifact.", show_default=False)
     ],
+    *,
+    platform: PlatformOption = None,
     keys: KeyOptions,
     trust: TrustOptions,
     registry: CacheOptions,
@@ -27,6 +36,6 @@ def command(
 
     if terminal.settings.json:
         raise UsageError("cat writes the file itself; there is nothing to print as JSON", hint="leave --json out")
-    with opened_artifact(terminal, reference, keys, trust, registry) as artifact:
+    with opened_artifact(terminal, reference, keys, trust, registry, platform=platform) as artifact:
         for piece in read_file(open_image(artifact), os.fsencode(path)):
             terminal.write(piece)

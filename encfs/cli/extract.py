@@ -5,6 +5,7 @@ from __future__ import annotations
 from encfs.commandparts import (
     CacheOptions,
     KeyOptions,
+    PlatformOption,
     ReferenceArgument,
     TargetArgument,
     TrustOptions,
@@ -17,9 +18,11 @@ def command(
     terminal: Terminal,
     reference: ReferenceArgument,
     directory: TargetArgument,
+    *,
+    platform: PlatformOption = None,
     keys: KeyOptions,
     trust: TrustOptions,
     registry: CacheOptions,
 ) -> None:
     """Decrypt a whole artifact into a directory. Nothing appears there unless all of it verified."""
-    extract_artifact(terminal, reference, directory, keys, trust, registry)
+    extract_artifact(terminal, reference, directory, keys, trust, registry, platform=platform)

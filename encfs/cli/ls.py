@@ -7,6 +7,7 @@ from encfs.commandparts import (
     KeyOptions,
     LongOption,
     PathArgument,
+    PlatformOption,
     RecursiveOption,
     ReferenceArgument,
     TrustOptions,
@@ -25,6 +26,7 @@ def command(
     registry: CacheOptions,
     recursive: RecursiveOption = False,
     long: LongOption = False,
+    platform: PlatformOption = None,
 ) -> None:
     """List what is in an artifact, without mounting it."""
-    list_artifact(terminal, reference, path, keys, trust, registry, recursive=recursive, long=long)
+    list_artifact(terminal, reference, path, keys, trust, registry, platform=platform, recursive=recursive, long=long)

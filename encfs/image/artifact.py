@@ -38,13 +38,12 @@ def this_platform() -> Platform:
     return Platform("linux", *_ARCHITECTURES.get(name, (name, "")))
 
 
-def choose_manifest(source: BlobSource, wanted: Platform) -> RawManifest:
-    """The manifest that the source's reference names; where that is an index, the first of it for the platform.
+def choose_manifest(source: BlobSource, document: RawManifest, wanted: Platform) -> RawManifest:
+    """`document`, what the source's reference names; where that is an index, the first of it for the platform.
 
     Raises: UsageError where the index has none; FormatError; UnsupportedError for an index within an index; what the
     source raises.
     """
-    document = source.document()
     if document.media_type not in INDEX_TYPES:
         return document
     index = parse_image_index(document.content, document.media_type)
@@ -76,7 +75,7 @@ def image_parts(artifact: Artifact, platform: Platform | None = None) -> ImagePa
     content = artifact.payload.image_config
     config = None if content is None else parse_image_config(content)
     if config is not None and platform is not None:
-        _check_platform(config, platform)
+        check_platform(config, platform)
     names = [artifact.payload.volume(volume_id).name for volume_id in artifact.volume_ids]
     by_name = dict(zip(names, artifact.volumes, strict=True))
     layers = {name for name in names if name.startswith(LAYER_PREFIX)}
@@ -86,6 +85,12 @@ def image_parts(artifact: Artifact, platform: Platform | None = None) -> ImagePa
     if set(wanted) != set(names):
         raise FormatError("the volumes of the artifact are not the layers that the image's config names")
     return ImageParts(tuple(by_name[name] for name in wanted), config, layered=True)
+
+
+def check_image_platform(artifact: Artifact, wanted: Platform) -> None:
+    """Raises: UnsupportedError where the artifact is a container image for another platform."""
+    if artifact.payload.image_config is not None:
+        check_platform(parse_image_config(artifact.payload.image_config), wanted)
 
 
 def require_config(parts: ImageParts) -> ImageConfig:
@@ -103,7 +108,8 @@ def _only_volume(artifact: Artifact) -> tuple[VolumeReader, ...]:
     return artifact.volumes
 
 
-def _check_platform(config: ImageConfig, wanted: Platform) -> None:
+def check_platform(config: ImageConfig, wanted: Platform) -> None:
+    """Raises: UnsupportedError where an image is for another platform."""
     actual = Platform(config.os, config.architecture, config.variant)
     if not actual.matches(wanted):
         raise UnsupportedError(

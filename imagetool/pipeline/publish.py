@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from encfs.encoding import sha256_digest
@@ -103,24 +103,28 @@ def write_documents(
 
 
 class TrackedSink:
-    """A sink that remembers the blobs it was given, so that a failed encryption can take them back."""
+    """A sink that remembers which blobs it was the first to get, so that a failure can take them back.
+
+    What encryption makes nobody else has, since its keys are fresh; layers that are given back somebody may have.
+    """
 
     def __init__(self, sink: BlobTarget) -> None:
         self._sink = sink
         self._blobs: list[Descriptor] = []
+        self.size = 0
         self._manifest: Descriptor | None = None
 
-    @property
-    def size(self) -> int:
-        """Bytes of all blobs so far."""
-        return sum(blob.size for blob in self._blobs)
-
     def create_blob(self) -> BlobWriter:
-        return _TrackedWriter(self._sink.create_blob(), self._blobs)
+        return _TrackedWriter(self._sink.create_blob(), self._note)
+
+    def _note(self, blob: Descriptor) -> None:
+        """Before it is written: an interrupt may come when it is there, but before its descriptor is here."""
+        self.size += blob.size
+        if not self._sink.has_blob(blob):
+            self._blobs.append(blob)
 
     def write_blob(self, content: bytes, media_type: str) -> Descriptor:
-        # Noted first: an interrupt may come when it is written, but before its descriptor is here.
-        self._blobs.append(Descriptor(media_type, sha256_digest(content), len(content)))
+        self._note(Descriptor(media_type, sha256_digest(content), len(content)))
         return self._sink.write_blob(content, media_type)
 
     def has_blob(self, descriptor: Descriptor) -> bool:
@@ -136,14 +140,14 @@ class TrackedSink:
         return self._sink.put_manifest(content, media_type, tag=tag, artifact_type=artifact_type)
 
     def write_manifest(self, content: bytes, media_type: str) -> Descriptor:
-        self._blobs.append(Descriptor(media_type, sha256_digest(content), len(content)))
+        self._note(Descriptor(media_type, sha256_digest(content), len(content)))
         return self._sink.write_manifest(content, media_type)
 
     def close(self) -> None:
         self._sink.close()
 
     def take_back(self) -> None:
-        """Remove every blob, as far as the sink can: all are of this encryption alone, since its keys are fresh.
+        """Remove every blob that was not there before, as far as the sink can.
 
         Where the manifest has come to be there all the same, as it may when an interrupt comes at the very end, they
         stay: without them the tag would name an artifact that is not whole.
@@ -158,20 +162,21 @@ class TrackedSink:
 
 
 class _TrackedWriter:
-    def __init__(self, writer: BlobWriter, blobs: list[Descriptor]) -> None:
+    def __init__(self, writer: BlobWriter, note: Callable[[Descriptor], None]) -> None:
         self._writer = writer
-        self._blobs = blobs
+        self._note = note
+        self._size = 0
 
     def write(self, data: Buffer) -> None:
+        self._size += memoryview(data).nbytes
         self._writer.write(data)
 
     def digest(self) -> str:
         return self._writer.digest()
 
     def commit(self, media_type: str) -> Descriptor:
-        blob = self._writer.commit(media_type)
-        self._blobs.append(blob)
-        return blob
+        self._note(Descriptor(media_type, self._writer.digest(), self._size))
+        return self._writer.commit(media_type)
 
     def abort(self) -> None:
         self._writer.abort()

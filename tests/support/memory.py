@@ -46,6 +46,9 @@ class MemoryWriter:
     def write(self, data: Buffer) -> None:
         self._content += data
 
+    def digest(self) -> str:
+        return sha256_digest(self._content)
+
     def commit(self, media_type: str) -> Descriptor:
         return self._store.write_blob(bytes(self._content), media_type)
 

@@ -216,6 +216,9 @@ class FailingWriter:
         with self._operation("write"):  # type: ignore[attr-defined]
             self._writer.write(data)
 
+    def digest(self) -> str:
+        return self._writer.digest()
+
     def commit(self, media_type: str) -> Descriptor:
         with self._operation("commit"):  # type: ignore[attr-defined]
             return self._writer.commit(media_type)
