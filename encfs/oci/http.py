@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import ssl
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -30,6 +31,7 @@ from encfs.errors import (
     UsageError,
 )
 from encfs.oci.blobs import MAX_MANIFEST_SIZE
+from encfs.oci.deadlines import POOLS
 from encfs.oci.options import StoreOptions
 from encfs.oci.retry import Patience
 from encfs.strictjson import loads_object, show_name
@@ -108,7 +110,7 @@ def resolve(url: str, location: str) -> str:
 
 
 class _Adapter(requests.adapters.HTTPAdapter):
-    """Connections with a TLS context of our own, made when it is first needed."""
+    """Connections whose answers have an end, with a TLS context of our own, made when it is first needed."""
 
     def __init__(self, options: StoreOptions, *, identify: bool) -> None:
         """`identify`: present the client certificate."""
@@ -116,6 +118,17 @@ class _Adapter(requests.adapters.HTTPAdapter):
         self._identify = identify
         self._context: ssl.SSLContext | None = None
         super().__init__(pool_maxsize=options.concurrency + 4, max_retries=0)
+
+    def init_poolmanager(self, *args: Any, **named: Any) -> None:
+        """Called by the constructor."""
+        super().init_poolmanager(*args, **named)
+        self.poolmanager.pool_classes_by_scheme = POOLS
+
+    def proxy_manager_for(self, proxy: str, **named: Any) -> Any:
+        """The same for connections through a proxy."""
+        manager = super().proxy_manager_for(proxy, **named)
+        manager.pool_classes_by_scheme = POOLS
+        return manager
 
     def build_connection_pool_key_attributes(
         self, request: requests.PreparedRequest, verify: Any, cert: Any = None
@@ -287,10 +300,9 @@ def retry_after(response: requests.Response) -> float:
         return min(float(text), _LONGEST_RETRY_AFTER)
     if text:
         from email.utils import parsedate_to_datetime
-        from time import time
 
         try:
-            return min(max(0.0, parsedate_to_datetime(text).timestamp() - time()), _LONGEST_RETRY_AFTER)
+            return min(max(0.0, parsedate_to_datetime(text).timestamp() - time.time()), _LONGEST_RETRY_AFTER)
         except ValueError:
             return 0.0
     return 0.0

@@ -20,6 +20,7 @@ def check_transport(reference: str, transport: Transport, hint: str) -> None:
 
 def copy_reference(terminal: Terminal, source: str, destination: str, registry: RegistryOptions) -> None:
     """Copy an artifact between stores and print the outcome. Raises: UsageError, what the stores raise."""
+    from encfs.format.descriptor import parse_manifest
     from encfs.oci.store import open_sink
     from imagetool.pipeline.copy import copy_artifact
 
@@ -28,7 +29,7 @@ def copy_reference(terminal: Terminal, source: str, destination: str, registry: 
     options = registry.store()
     with opened_source(source, registry) as origin:
         # Before anything is made at the destination.
-        origin.manifest()
+        parse_manifest(origin.manifest().content)
         with closing(open_sink(target, options)) as sink, terminal.progress() as progress:
             result = copy_artifact(origin, sink, tag=target.tag, progress=progress, concurrency=options.concurrency)
     seconds = time.monotonic() - started

@@ -21,9 +21,18 @@ from tests.support.registry import (
     DockerRegistry,
     Fault,
     FaultProxy,
+    OciServer,
     TokenService,
 )
-from tests.support.remote import SEGMENT, connected, describe, needs_docker_registry, put_image, running
+from tests.support.remote import (
+    SEGMENT,
+    connected,
+    describe,
+    needs_docker_registry,
+    needs_registries,
+    put_image,
+    running,
+)
 
 AUTH = b64_encode(f"{USERNAME}:{PASSWORD}".encode())
 
@@ -477,6 +486,25 @@ def test_certificate_of_another_address(authority: Authority) -> None:
     finally:
         proxy.close()
     assert proxy.seen == []
+
+
+@needs_registries
+def test_certificate_that_has_expired_or_vouches_for_itself(authority: Authority, tmp_path: Path) -> None:
+    expired = OciServer(tmp_path / "expired", tls=authority.issue("expired", days=-1))
+    try:
+        trusted = {"plain_http": False, "ca_file": str(authority.file)}
+        refused(expired.host, TransportError, r"not trusted: certificate has expired", **trusted)
+    finally:
+        expired.stop()
+    itself = Authority.create(tmp_path / "itself")
+    files = itself.issue("itself")
+    server = OciServer(tmp_path / "self", tls=files)
+    try:
+        refused(server.host, TransportError, r"not trusted.*--ca-file", plain_http=False)
+        with connected(server.host, plain_http=False, ca_file=str(itself.file)) as registry:
+            assert registry.write_blob(b"content", SEGMENT).size == 7
+    finally:
+        server.stop()
 
 
 @needs_docker_registry

@@ -69,10 +69,10 @@ class Authority:
     def file(self) -> Path:
         return self.directory / "ca.pem"
 
-    def issue(self, name: str, address: str = "127.0.0.1") -> tuple[Path, Path]:
-        """Files of a certificate for `name` at an address, and of its key."""
+    def issue(self, name: str, address: str = "127.0.0.1", *, days: float = 1.0) -> tuple[Path, Path]:
+        """Files of a certificate for `name` at an address, valid for so many days from now, and of its key."""
         key = ec.generate_private_key(ec.SECP256R1())
-        certificate = _certificate(name, key, "test authority", self.key, ca=False, address=address)
+        certificate = _certificate(name, key, "test authority", self.key, ca=False, address=address, days=days)
         files = self.directory / f"{name}.pem", self.directory / f"{name}.key"
         files[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
         files[1].write_bytes(
@@ -91,6 +91,7 @@ def _certificate(
     *,
     ca: bool,
     address: str = "127.0.0.1",
+    days: float = 1.0,
 ) -> x509.Certificate:
     import ipaddress
 
@@ -101,8 +102,8 @@ def _certificate(
         .issuer_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)]))
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
+        .not_valid_before(now - datetime.timedelta(days=2))
+        .not_valid_after(now + datetime.timedelta(days=days))
         .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
