@@ -5,7 +5,6 @@ Not here: what it does (`init`), and serving it (`serve`, whose imports take a w
 
 from __future__ import annotations
 
-import resource
 import socket
 import subprocess
 import sys
@@ -26,8 +25,6 @@ class ContainerProcess:
             words = [sys.executable, "-I", "-m", "encfs.container.init", str(theirs.fileno())]
             self._process = subprocess.Popen(words, env={}, pass_fds=[theirs.fileno()], close_fds=True)
         self.pid = self._process.pid
-        # No core dump of a process that is about to hold keys; the container's limit stays what it was.
-        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
     def __enter__(self) -> Self:
         return self
