@@ -97,13 +97,9 @@ def place(server: DockerRegistry, tmp_path_factory: pytest.TempPathFactory) -> P
     (root / "d/low").write_text("changed")
     (root / "replaced/inside").write_text("top")
     done(root)
-    words = [
-        "--config.user=app",
-        "--config.workingdir=/d",
-        "--config.env=GREETING=hello",
-        "--config.entrypoint=/bin/sh",
-    ]
-    umoci("config", "--image", image, *words, "--config.cmd=-c", "--config.cmd", "echo $GREETING; id -u; cat low")
+    command = ["--config.entrypoint=/bin/sh", "--config.cmd=-c", "--config.cmd", "echo $GREETING; id -u; cat low"]
+    user = ["--config.user=app", "--config.workingdir=/d", "--config.env=GREETING=hello"]
+    umoci("config", "--image", image, *user, *command)
     umoci("unpack", "--image", image, str(place / "unpacked"))
     target = f"docker://{server.host}/library/app:v1"
     copy = ["skopeo", "--insecure-policy", "copy", "--dest-tls-verify=false", f"oci:{image}", target]
@@ -125,22 +121,21 @@ def mountpoint(place: Path) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def encrypted(place: Path, server: DockerRegistry) -> str:
     """The reference of the image, encrypted as the README says."""
-    _, encrypt, *_ = _readme_lines(server)
+    encrypt, *_ = _readme_lines(server)
     assert encrypt[:2] == ["imagetool", "encrypt"]
     encfs(place, *encrypt, "--plain-http")
     return encrypt[3]
 
 
 def _readme_lines(server: DockerRegistry) -> list[list[str]]:
-    section = (
-        (Path(__file__).parents[2] / "README.md").read_text().split("\n## Container images\n")[1].split("\n## ")[0]
-    )
+    page = (Path(__file__).parents[2] / "README.md").read_text()
+    section = page.split("\n## Container images\n")[1].split("\n## ")[0]
     lines = [line.replace("HOST", server.host) for line in section.splitlines() if line.startswith("    ")]
-    return [[], *(shlex.split(line) for line in lines)]
+    return [shlex.split(line) for line in lines]
 
 
 def test_the_lines_of_the_readme(place: Path, server: DockerRegistry, encrypted: str, mountpoint: Path) -> None:
-    _, _, run, mount = _readme_lines(server)
+    _, run, mount = _readme_lines(server)
     assert encfs(place, *run, "--plain-http") == "hello\n1000\nchanged"
     encfs(place, *mount, "--plain-http")
     assert (mountpoint / "d/low").read_text() == "changed"
