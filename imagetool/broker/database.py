@@ -22,7 +22,7 @@ from encfs.errors import StorageError, UnsupportedError, UsageError
 from imagetool.broker import migrations
 
 #: Seconds that a transaction waits for another one.
-LOCK_TIMEOUT = 10.0
+LOCK_TIMEOUT = 5.0
 _CONNECT_TIMEOUT = 5
 #: Any number, the same in all brokers: what PostgreSQL's advisory lock is about ("encfs").
 _LOCK_KEY = 0x656E636673

@@ -18,6 +18,7 @@ from imagetool.cli import (
     pull,
     push,
     recipients,
+    release,
     sign,
     verify,
 )
@@ -28,7 +29,7 @@ app = commandline.application(PROGRAM, "Make, check and manage encrypted artifac
 for _module in (keygen, encrypt, decrypt, inspect, ls, verify):
     commandline.add_module(app, _module)
 app.add_typer(recipients.app)
-for _module in (sign, copy, push, pull):
+for _module in (sign, copy, push, pull, release):
     commandline.add_module(app, _module)
 app.add_typer(ocicrypt.app)
 app.add_typer(attest.app)

@@ -1,0 +1,398 @@
+"""Real brokers and the real client: mounts, restarts, two brokers on one database, kills, attacks on the database."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from encfs.kbs import jwe
+from encfs.keys.keyring import create_keyring, parse_keyring
+from encfs.keys.providers import provider_from_uri
+from encfs.keys.secrets import SymmetricKey
+from tests.support.broker import BIN, PATH, Handshake, imagetool, make_broker, serving, set_policy, wait_until
+from tests.support.postgres import Postgres, running_postgres
+from tests.support.tpm import SoftwareTpm, tpm
+
+__all__ = ["tpm"]
+
+DIGEST = "sha256:" + "5a" * 32
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest) -> str:
+    kind: str = request.param
+    return request.getfixturevalue("postgres").database() if kind == "postgresql" else kind
+
+
+def unwrapped(uri: str, directory: Path) -> bool:
+    """Whether the real client gets the key, and it is the right one."""
+    key = json.loads((directory.parent / "kek.jwk").read_text())["k"]
+    from encfs.encoding import b64url_decode
+
+    keyring = create_keyring(b"payload", DIGEST, [SymmetricKey(bytearray(b64url_decode(key, "k")))])
+    provider = provider_from_uri(uri)
+    try:
+        return bytes(parse_keyring(keyring, DIGEST).open([provider])) == b"payload"
+    finally:
+        provider.close()
+
+
+@pytest.mark.fuse
+def test_owner_and_consumer(tmp_path: Path, database: str) -> None:
+    """Encrypt, put the key in, mount, read; a new version is released, and the old one is refused."""
+    directory = make_broker(tmp_path / "b", "--database", database)
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "file").write_text("plaintext")
+    (tmp_path / "mnt").mkdir()
+    imagetool("keygen", "-o", tmp_path / "owner.jwk", "--type", "ed25519")
+    into = ("--broker", directory, "--resource", PATH)
+    trust = ("--trust", "owner.jwk.pub", "--id", "acme/chat")
+    made = imagetool("release", "src", "oci:store:v1", *into, "--sign", "owner.jwk", "--id", "acme/chat", cwd=tmp_path)
+    assert (made["version"], made["floor_before"], made["refused"]) == (1, None, [])
+    with serving(directory) as broker:
+
+        def encfs(*words: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(
+                [BIN / "encfs", *words], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+            )
+
+        mounted = encfs("mount", "oci:store:v1", "mnt", "-k", broker.uri(), *trust)
+        assert mounted.returncode == 0, mounted.stderr
+        assert (tmp_path / "mnt" / "file").read_text() == "plaintext"
+        assert encfs("umount", "mnt").returncode == 0
+
+        imagetool(
+            "encrypt", "src", "oci:store:v2", "-r", "kek.jwk", "--sign", "owner.jwk", "--id", "acme/chat",
+            "--artifact-version", "2", cwd=tmp_path,
+        )  # fmt: skip
+        untrusted = imagetool("release", "oci:store:v2", *into, code=30, cwd=tmp_path)
+        assert untrusted["error"]["type"] == "UnsignedError"
+        released = imagetool("release", "oci:store:v2", *into, *trust, cwd=tmp_path)
+        assert (released["version"], released["floor_before"]) == (2, 1)
+        assert [(one["version"], one["consumer"]) for one in released["refused"]] == [(1, "address 127.0.0.1")]
+
+        refused = encfs("cat", "oci:store:v1", "file", "-k", broker.uri(), *trust)
+        assert (refused.returncode, refused.stdout) == (23, "")
+        assert "does not allow it (floor)" in refused.stderr
+        assert encfs("cat", "oci:store:v2", "file", "-k", broker.uri(), *trust).stdout == "plaintext"
+        # Nobody goes back, the owner neither.
+        back = imagetool("release", "oci:store:v1", *into, *trust, code=33, cwd=tmp_path)
+        assert "below the floor 2" in back["error"]["message"]
+    log = imagetool("broker", "releases", directory, "--path", PATH)["entries"]
+    assert [one["event"] for one in log][-3:] == ["floor-raised", "refused", "released"]
+    assert log[-2]["reasons"][0]["code"] == "floor"
+
+
+def test_an_artifact_of_another_key_is_not_released(tmp_path: Path) -> None:
+    directory = make_broker(tmp_path / "b")
+    (tmp_path / "file").write_text("x")
+    imagetool("keygen", "-o", tmp_path / "other.jwk")
+    imagetool("encrypt", tmp_path / "file", f"oci:{tmp_path}/s:v1", "-r", tmp_path / "other.jwk.pub", "--id", "a")
+    words = ("release", f"oci:{tmp_path}/s:v1", "--broker", directory, "--resource", PATH, "--allow-unsigned")
+    assert "does not open" in imagetool(*words, code=22)["error"]["message"]
+    assert imagetool("broker", "key", "list", directory)["keys"][0]["min_version"] is None
+
+
+def test_a_restart_in_the_middle_of_a_handshake(tmp_path: Path, database: str) -> None:
+    directory = make_broker(tmp_path / "b", "--database", database)
+    with serving(directory) as first:
+        port = first.url.rpartition(":")[2]
+        begun, attested = Handshake(first.url, first.ca).begin(), Handshake(first.url, first.ca).attested()
+        first.kill()
+    with serving(directory, listen=f"127.0.0.1:{port}") as second:
+        assert begun.attest().status == 200
+        assert begun.opened(begun.resource()) == attested.opened(attested.resource())
+        assert unwrapped(second.uri(), directory)
+    assert imagetool("broker", "releases", directory, "--verify")["entries"] >= 3
+
+
+def test_two_brokers_and_one_dies(tmp_path: Path, postgres: Postgres) -> None:
+    """Handshakes that hop between brokers; then one is killed under load: every client gets its key, one chain."""
+    directory = make_broker(tmp_path / "b", "--database", postgres.database())
+    config = directory / "broker.toml"
+    config.write_text(config.read_text().replace("rate = 50", "rate = 5000").replace("burst = 200", "burst = 10000"))
+    other = tmp_path / "other"
+    shutil.copytree(directory, other)
+    with serving(directory) as one, serving(other) as two:
+        hopping = Handshake(one.url, one.ca).begin()
+        hopping.url = two.url
+        assert hopping.attest().status == 200
+        hopping.url = one.url
+        assert hopping.resource().status == 200
+        # A nonce is used once over both.
+        shared = Handshake(one.url, one.ca).begin()
+        message = shared.message()
+        statuses = []
+        for url in (one.url, two.url):
+            shared.url = url
+            statuses.append(shared.attest(message).status)
+        assert statuses == [200, 401]
+
+        done = threading.Semaphore(0)
+
+        def client(number: int) -> bool:
+            urls = [one, two] if number % 2 else [two, one]
+            opened = unwrapped(urls[0].uri(more=f"&url={urls[1].url}"), directory)
+            done.release()
+            return opened
+
+        with ThreadPoolExecutor(8) as pool:
+            running = [pool.submit(client, number) for number in range(48)]
+            for _ in range(8):
+                done.acquire()
+            two.kill()
+            assert all(task.result() for task in running)
+        # A change by the owner reaches the one that is left.
+        set_policy(directory, "")
+        assert Handshake(one.url, one.ca).begin().attest().status == 401
+    assert imagetool("broker", "releases", directory, "--verify")["entries"] >= 50
+
+
+def _runs(pid: int) -> bool:
+    """Not so for one that ended and that nobody has asked about yet: it has no command line any more."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
+    except FileNotFoundError:
+        return False
+
+
+def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
+    directory = make_broker(tmp_path / "b")
+    with serving(directory) as broker:
+        wait_until(lambda: len(broker.workers()) == 2)
+        before = broker.workers()
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: len(set(broker.workers()) - set(before)) == 2)
+        assert unwrapped(broker.uri(), directory)
+        workers = broker.workers()
+        # And where the process dies that holds them, none stays behind.
+        broker.process.kill()
+        broker.process.wait(30)
+        wait_until(lambda: not any(_runs(pid) for pid in workers))
+
+
+# The database: locked, full, altered, set back
+
+
+def test_a_locked_database(tmp_path: Path) -> None:
+    directory = make_broker(tmp_path / "b")
+    with serving(directory) as broker:
+        client = Handshake(broker.url, broker.ca).attested()
+        lock = sqlite3.connect(directory / "broker.db", isolation_level=None)
+        lock.execute("BEGIN IMMEDIATE")
+        answer = client.resource()
+        assert (answer.status, answer.kind) == (503, "Unavailable")
+        lock.execute("ROLLBACK")
+        lock.close()
+        assert client.resource().status == 200
+        assert "is locked" in broker.errors.read_text()
+    log = imagetool("broker", "releases", directory, "--path", PATH)["entries"]
+    assert [one["event"] for one in log] == ["key-added", "released"]
+
+
+def _fill(descriptor: int) -> None:
+    while True:
+        os.write(descriptor, bytes(4096))
+
+
+@pytest.mark.root
+def test_a_full_database(tmp_path: Path) -> None:
+    place = tmp_path / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", place], check=True)
+    try:
+        directory = make_broker(place / "b")
+        with serving(directory) as broker:
+            client = Handshake(broker.url, broker.ca).attested()
+            filler = os.open(place / "filler", os.O_WRONLY | os.O_CREAT)
+            with pytest.raises(OSError, match="No space left"):
+                _fill(filler)
+            os.close(filler)
+            statuses = {client.resource().status for _ in range(12)}
+            assert 503 in statuses
+            answer = client.resource()
+            assert (answer.status, answer.kind) == (503, "Unavailable")
+            (place / "filler").unlink()
+            assert client.resource().status == 200
+        imagetool("broker", "releases", directory, "--verify")
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_database_that_was_altered_serves_nobody(tmp_path: Path) -> None:
+    directory = make_broker(tmp_path / "b")
+    with serving(directory) as broker:
+        client = Handshake(broker.url, broker.ca).attested()
+        with sqlite3.connect(directory / "broker.db") as connection:
+            connection.execute("UPDATE state SET policy = '', epoch = epoch + 1")
+        assert client.resource().status == 503
+        assert client.request("GET", "/readyz").status == 503
+        assert client.request("GET", "/healthz").status == 200
+        assert "altered" in broker.errors.read_text()
+    assert imagetool("broker", "key", "list", directory, code=11)["error"]["type"] == "IntegrityError"
+
+
+def test_another_public_key_in_an_attested_session(tmp_path: Path) -> None:
+    """Who writes to the database puts a key of theirs into a session whose evidence was accepted."""
+    directory = make_broker(tmp_path / "b")
+    with serving(directory) as broker:
+        client = Handshake(broker.url, broker.ca).attested()
+        mine = jwe.public_members(jwe.session_key().public)
+        with sqlite3.connect(directory / "broker.db") as connection:
+            connection.execute("UPDATE sessions SET public_key = ?", (json.dumps(mine),))
+        assert client.resource().status == 401
+    assert imagetool("broker", "releases", directory)["entries"][-1]["reasons"][0]["code"] == "report-data"
+
+
+def _copied(directory: Path, target: Path) -> None:
+    with sqlite3.connect(directory / "broker.db") as source, sqlite3.connect(target) as copy:
+        source.backup(copy)
+
+
+def test_a_database_set_back_under_a_running_broker(tmp_path: Path) -> None:
+    directory = make_broker(tmp_path / "b")
+    _copied(directory, tmp_path / "old.db")
+    set_policy(directory, "")
+    with serving(directory) as broker:
+        assert Handshake(broker.url, broker.ca).begin().attest().status == 401
+        # Both workers have seen the newer epoch.
+        for _ in range(20):
+            assert Handshake(broker.url, broker.ca).request("GET", "/readyz").status == 200
+        with sqlite3.connect(tmp_path / "old.db") as source, sqlite3.connect(directory / "broker.db") as target:
+            source.backup(target)
+        assert Handshake(broker.url, broker.ca).request("GET", "/readyz").status == 503
+        assert "set back" in broker.errors.read_text()
+
+
+def test_clocks_that_were_set_back_end_sessions(tmp_path: Path) -> None:
+    directory = make_broker(tmp_path / "b")
+    with serving(directory) as broker:
+        ahead, behind = (Handshake(broker.url, broker.ca).attested() for _ in range(2))
+        with sqlite3.connect(directory / "broker.db") as connection:
+            for client, shift in ((ahead, 3_600_000), (behind, -3_600_000)):
+                name = client.cookie.split("=")[1]
+                connection.execute(
+                    "UPDATE sessions SET created = created + ?, expires = expires + ? WHERE id = ?",
+                    (shift, shift, name),
+                )
+        for client in (ahead, behind):
+            assert client.resource().kind == "SessionNotFound"
+        assert unwrapped(broker.uri(), directory)
+
+
+def test_expired_sessions_are_deleted(tmp_path: Path) -> None:
+    directory = make_broker(tmp_path / "b")
+    with serving(directory) as broker:
+        Handshake(broker.url, broker.ca).begin()
+        with sqlite3.connect(directory / "broker.db") as connection:
+            connection.execute("UPDATE sessions SET expires = 1")
+            connection.commit()
+
+            def left() -> int:
+                return int(connection.execute("SELECT count(*) FROM sessions").fetchone()[0])
+
+            wait_until(lambda: left() == 0)
+
+
+def test_a_crowd_is_told_to_wait(tmp_path: Path) -> None:
+    directory = make_broker(tmp_path / "b")
+    config = directory / "broker.toml"
+    config.write_text(config.read_text().replace("max_sessions = 20000", "max_sessions = 10"))
+    with serving(directory) as broker:
+        for _ in range(10):
+            Handshake(broker.url, broker.ca).begin()
+        wait_until(lambda: Handshake(broker.url, broker.ca).auth().kind == "TooManyRequests")
+
+
+def test_rates_of_one_address(tmp_path: Path) -> None:
+    directory = make_broker(tmp_path / "b")
+    config = directory / "broker.toml"
+    config.write_text(config.read_text().replace("burst = 200", "burst = 5").replace("rate = 50", "rate = 1"))
+    with serving(directory) as broker:
+        answers = [Handshake(broker.url, broker.ca).auth() for _ in range(14)]
+        assert {answer.status for answer in answers} == {200, 429}
+        # The client waits and gets its key.
+        assert unwrapped(broker.uri(), directory)
+
+
+def test_sample_evidence_without_demo(tmp_path: Path) -> None:
+    directory = make_broker(tmp_path / "b")
+    words = [BIN / "imagetool", "broker", "serve", directory, "--listen", "127.0.0.1:0", "--json"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = json.loads(process.stdout.readline())["url"]
+        answer = Handshake(url, directory / "tls.crt").begin().attest()
+        process.terminate()
+        process.communicate(timeout=30)
+    assert (answer.status, answer.kind) == (401, "AttestationFailed")
+    assert imagetool("broker", "releases", directory)["entries"][-1]["reasons"][0]["code"] == "sample"
+
+
+def test_without_tls(tmp_path: Path) -> None:
+    directory = make_broker(tmp_path / "b")
+    with serving(directory, "--plain-http") as broker:
+        assert broker.url.startswith("http://")
+        assert Handshake(broker.url).attested().resource().status == 200
+        assert "plain-http" in broker.errors.read_text()
+
+
+def test_what_init_refuses(tmp_path: Path, postgres: Postgres) -> None:
+    url = postgres.database()
+    imagetool("broker", "init", tmp_path / "a", "--database", url)
+    assert imagetool("broker", "init", tmp_path / "a", code=4)["error"]["type"] == "ConflictError"
+    again = imagetool("broker", "init", tmp_path / "b", "--database", url, code=4)
+    assert "belongs to a broker already" in again["error"]["message"]
+    imagetool("broker", "init", tmp_path / "c", "--database", "mysql://x/y", code=2)
+    imagetool("broker", "init", tmp_path / "d", "--cert", "x", code=2)
+    away = imagetool("broker", "init", tmp_path / "e", "--database", "postgresql://u:hidden@127.0.0.1:1/x", code=6)
+    assert "hidden" not in json.dumps(away)
+
+
+# The TPM
+
+
+def test_a_sealed_kek_and_a_mark_in_the_tpm(tmp_path: Path, tpm: SoftwareTpm) -> None:
+    imagetool("keygen", "--type", "oct", "-o", tmp_path / "root.jwk")
+    sealed = tmp_path / "kek.tpm2"
+    subprocess.run(
+        [BIN / "encfs", "seal", tmp_path / "root.jwk", "-o", sealed, "--tpm2-pcrs", "sha256:7"],
+        check=True,
+        capture_output=True,
+    )
+    (tmp_path / "root.jwk").unlink()
+    directory = make_broker(tmp_path / "b", "--kek", f"tpm2:{sealed}", "--tpm2-nv-counter", "0x01800101")
+    assert not (directory / "kek.jwk").exists()
+    _copied(directory, tmp_path / "old.db")
+    with serving(directory) as broker:
+        assert unwrapped(broker.uri(), directory)
+    set_policy(directory, "")
+    with serving(directory) as broker:
+        assert Handshake(broker.url, broker.ca).begin().attest().status == 401
+
+    # An old copy with the old policy is put back: the TPM has seen more.
+    for name in ("broker.db", "broker.db-wal", "broker.db-shm"):
+        (directory / name).unlink(missing_ok=True)
+    shutil.copy(tmp_path / "old.db", directory / "broker.db")
+    refused = imagetool("broker", "serve", directory, "--listen", "127.0.0.1:0", code=33)
+    assert "an old copy was put back" in refused["error"]["message"]
+
+    # Another boot state: the KEK stays sealed.
+    tpm.extend(7)
+    assert imagetool("broker", "key", "list", directory, code=24)["error"]["type"] == "KeyRefusedError"
