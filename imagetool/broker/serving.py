@@ -153,6 +153,8 @@ def _fork(
     # A signal that comes between fork and the child's own handlers must not run the parent's clean-up in the child.
     blocked = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    # Not asked for later: by then it may have died, and another be the parent.
+    parent = os.getpid()
     try:
         pid = os.fork()
         if pid:
@@ -162,7 +164,7 @@ def _fork(
             for number in blocked:
                 signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
-            _work(opened, options, listener, context, store)
+            _work(opened, options, listener, context, store, parent)
             code = 0
         except BaseException as error:  # noqa: BLE001 -- nothing of the parent's may run in the child
             _logger.error("a worker cannot serve: %s: %s", type(error).__name__, error)  # noqa: TRY400 -- no values
@@ -179,6 +181,7 @@ def _work(
     listener: socket.socket,
     context: ssl.SSLContext | None,
     store: EndorsementStore,
+    parent: int,
 ) -> None:
     import asyncio
 
@@ -219,7 +222,6 @@ def _work(
         ssl_context_factory=(lambda _config, _default: context) if context is not None else None,
     )
     server = uvicorn.Server(settings)
-    parent = os.getppid()
 
     async def run() -> None:
         watching = asyncio.create_task(_watch(server, parent))
