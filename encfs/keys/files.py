@@ -142,6 +142,11 @@ def write_key_files(key: PrivateKey | SymmetricKey, path: str | os.PathLike[str]
     return private, public
 
 
+def write_public_key(key: PublicKey, path: str | os.PathLike[str]) -> None:
+    """Write a public JWK to a new file. Raises: ConflictError, NotFoundError, StorageError."""
+    _create(Path(path), jwkjson.public_jwk(key), 0o644)
+
+
 def create_file(path: str | os.PathLike[str], content: bytearray, mode: int) -> None:
     """Write a new file that was not there, durably; `content` is wiped in any case.
 

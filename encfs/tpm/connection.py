@@ -26,7 +26,8 @@ _ESYS_LAYER, _TCTI_LAYER = 7, 10
 
 # Return codes of a TPM without what they say of handle, parameter or session (Part 2, 6.6).
 AUTH_FAIL, BAD_AUTH, HANDLE, INTEGRITY, SIGNATURE, POLICY_FAIL = 0x8E, 0xA2, 0x8B, 0x9F, 0x9B, 0x9D
-VALUE, ATTRIBUTES, PCR = 0x84, 0x82, 0x127
+VALUE, SIZE, ECC_POINT, CURVE, KEY_SIZE, TYPE, ASYMMETRIC = 0x84, 0x95, 0xA7, 0xA6, 0x87, 0x8A, 0x81
+ATTRIBUTES, PCR = 0x82, 0x127
 INITIALIZE, FAILURE, POLICY, PCR_CHANGED, NV_UNINITIALIZED, NV_SPACE = 0x100, 0x101, 0x126, 0x128, 0x14A, 0x14B
 NV_AUTHORIZATION = 0x149
 OBJECT_MEMORY, SESSION_MEMORY, MEMORY, SESSION_HANDLES, OBJECT_HANDLES = 0x902, 0x903, 0x904, 0x905, 0x906
@@ -132,6 +133,10 @@ _KNOWN: dict[int, tuple[str, str | None]] = {
     **dict.fromkeys((OBJECT_MEMORY, MEMORY, OBJECT_HANDLES), ("the TPM has no room for another object", _FULL)),
     **dict.fromkeys((SESSION_MEMORY, SESSION_HANDLES), ("the TPM has no room for another session", _FULL)),
 }
+
+
+#: Codes of a TPM that does not know an algorithm, a curve or a size.
+NOT_IMPLEMENTED = (VALUE, CURVE, KEY_SIZE, TYPE, ASYMMETRIC)
 
 
 def _absent_hint(name: str) -> str:

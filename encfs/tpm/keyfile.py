@@ -2,7 +2,7 @@
 
     {
       "format": "encfs-tpm2/1",
-      "kind": "sealed",                  sealed: a key-encryption key; ak: an attestation key
+      "kind": "sealed",                  sealed: a key-encryption key; key: a private key; ak: an attestation key
       "srk": {"name": HEX, "handle": "0x81000001" or null},
       "public": BASE64,                  TPMT_PUBLIC
       "private": BASE64,                 encrypted by the TPM, opaque
@@ -20,6 +20,7 @@ TPM binds to the private part; the storage root key's name must be that of the T
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
@@ -34,7 +35,7 @@ from encfs.encoding import b64_decode, b64_encode, hex_decode
 from encfs.errors import ConflictError, EncfsError, FormatError, KeyFileError, StorageError
 from encfs.keys import jwkjson
 from encfs.keys.files import create_file, read_key_file
-from encfs.keys.jwk import PublicKey
+from encfs.keys.jwk import PublicKey, Use, public_key
 from encfs.strictjson import loads_object, show_name
 from encfs.tpm import structures
 from encfs.tpm.policy import (
@@ -53,15 +54,15 @@ FORMAT = "encfs-tpm2/1"
 MAX_FILE_SIZE = 64 << 10
 
 _MAX_AREA_SIZE = 2048
-# More than any object here has (RSA-2048 under SHA-256: below 400), less than the TPM library has room for.
+# More than any object here has (RSA-3072 under SHA-256: below 500), less than the TPM library has room for.
 _MAX_PRIVATE_SIZE = 1024
 _MAX_SIGNATURE_SIZE = 80
 _NAME_SIZE = 2 + structures.DIGEST_SIZE
 # Persistent handles (Part 2, 7.4).
 _PERSISTENT = range(0x8100_0000, 0x8200_0000)
 
-Kind = Literal["sealed", "ak"]
-_KINDS = ("sealed", "ak")
+Kind = Literal["sealed", "key", "ak"]
+_KINDS = ("sealed", "key", "ak")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +83,26 @@ class TpmObject:
             raise FormatError("the public area is not that of an attestation key")
         return structures.rsa_public_key(n)
 
+    def recipient(self) -> PublicKey:
+        """The public half of a `key`, to encrypt to. Raises: FormatError where the public area is not that of one."""
+        digest = self.policy.digest() if self.policy is not None else b""
+        if self.kind == "key":
+            with contextlib.suppress(FormatError):
+                n = structures.modulus_of_rsa(self.public, structures.rsa_key(digest))
+                if structures.rsa_key(digest, n) == self.public:
+                    return public_key(structures.rsa_public_key(n))
+            x, y = structures.point_of_ecc(self.public)
+            if structures.ecc_key(digest, x, y) == self.public:
+                return public_key(structures.ecc_public_key(x, y), frozenset({Use.ENCRYPT}))
+        raise FormatError("the policy is not that of the key, or the key is of another kind")
+
     def check(self) -> None:
         """Raises: FormatError unless the public area is what kind and policy come to."""
         if (self.kind == "ak") != (self.policy is None):
             raise FormatError(f"an object of kind {self.kind} has no policy, or one too many")
-        if self.policy is not None:
+        if self.kind == "key":
+            self.recipient()
+        elif self.policy is not None:
             unique = structures.unique_of_sealed(self.public)
             if len(unique) != structures.DIGEST_SIZE:
                 raise FormatError(f"what is unique about the sealed object is {len(unique)} bytes long")

@@ -49,14 +49,21 @@ def seal(
     secret = bytearray(key.secret + kid)
     try:
         with opened_storage() as storage:
-            pcrs = _values(storage, request) if request is not None else None
-            counter = current_limit(storage, counter_index) if counter_index is not None else None
-            policy = Policy(pcrs, authorization, counter)
+            policy = agreed_policy(storage, request, authorization, counter_index)
             with translated("seal the key"):
                 public, private = storage.create(structures.sealed_data(policy.digest()), secret)
             return TpmObject("sealed", storage.root_name, storage.root_handle, public, private, policy)
     finally:
         wipe(secret)
+
+
+def agreed_policy(
+    storage: Storage, request: PcrRequest | None, authorization: Authorization | None, counter_index: int | None
+) -> Policy:
+    """The policy of a new object, with this machine's present values where none are given. Raises: as `seal`."""
+    pcrs = _values(storage, request) if request is not None else None
+    counter = current_limit(storage, counter_index) if counter_index is not None else None
+    return Policy(pcrs, authorization, counter)
 
 
 def unseal(found: TpmObject) -> SymmetricKey:

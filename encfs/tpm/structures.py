@@ -31,7 +31,7 @@ PCR_COUNT = 24
 DIGEST_SIZE = 32
 
 _ALG_RSA, _ALG_AES, _ALG_KEYEDHASH, _ALG_SHA256 = 0x0001, 0x0006, 0x0008, 0x000B
-_ALG_NULL, _ALG_RSASSA, _ALG_ECDSA, _ALG_ECC, _ALG_CFB = 0x0010, 0x0014, 0x0018, 0x0023, 0x0043
+_ALG_NULL, _ALG_RSASSA, _ALG_OAEP, _ALG_ECDSA, _ALG_ECC, _ALG_CFB = 0x0010, 0x0014, 0x0017, 0x0018, 0x0023, 0x0043
 _CURVE_P256 = 0x0003
 
 # TPMA_OBJECT (8.3).
@@ -42,6 +42,7 @@ _RESTRICTED, _DECRYPT, _SIGN = 0x10000, 0x20000, 0x40000
 
 # noDA: these have no password to guess, and a TPM in lockout still opens them.
 SEALED_ATTRIBUTES = _FIXED | _ADMIN_POLICY | _NO_DA
+KEY_ATTRIBUTES = _FIXED | _ORIGIN | _ADMIN_POLICY | _NO_DA | _DECRYPT
 STORAGE_ATTRIBUTES = _FIXED | _ORIGIN | _USER_AUTH | _NO_DA | _RESTRICTED | _DECRYPT
 #: What a storage root key that somebody else made must have set at least.
 STORAGE_ATTRIBUTES_NEEDED = _FIXED | _ORIGIN | _RESTRICTED | _DECRYPT
@@ -50,6 +51,7 @@ _AUTHORIZER_ATTRIBUTES = _USER_AUTH | _SIGN
 
 _NONE = struct.pack(">H", _ALG_NULL)
 _AES_128_CFB = struct.pack(">HHH", _ALG_AES, 128, _ALG_CFB)
+_OAEP_SHA256 = struct.pack(">HH", _ALG_OAEP, _ALG_SHA256)
 _ECDSA_SHA256 = struct.pack(">HH", _ALG_ECDSA, _ALG_SHA256)
 _RSASSA_SHA256 = struct.pack(">HH", _ALG_RSASSA, _ALG_SHA256)
 
@@ -83,6 +85,16 @@ def sealed_data(policy: bytes, unique: bytes = b"") -> bytes:
     return _head(_ALG_KEYEDHASH, SEALED_ATTRIBUTES, policy) + _NONE + sized(unique)
 
 
+def ecc_key(policy: bytes, x: bytes = b"", y: bytes = b"") -> bytes:
+    """A P-256 key for ECDH that is used only under `policy`."""
+    return _ecc(KEY_ATTRIBUTES, policy, _NONE, _NONE, x, y)
+
+
+def rsa_key(policy: bytes, n: bytes = b"") -> bytes:
+    """An RSA-3072 key for OAEP with SHA-256 that is used only under `policy`."""
+    return _rsa(KEY_ATTRIBUTES, policy, _OAEP_SHA256, 3072, n)
+
+
 def attestation_key(n: bytes = b"") -> bytes:
     """An RSA-2048 key that signs (RSASSA, SHA-256) only what the TPM itself states."""
     return _rsa(ATTESTATION_ATTRIBUTES, b"", _RSASSA_SHA256, 2048, n)
@@ -103,6 +115,20 @@ def unique_of_sealed(public: bytes) -> bytes:
 def modulus_of_rsa(public: bytes, template: bytes) -> bytes:
     """n of an area made from `template`, one of the RSA templates (big-endian). Raises: FormatError."""
     return _last_fields(public, 1, len(template) - 2)[0]
+
+
+def point_of_ecc(public: bytes) -> tuple[bytes, bytes]:
+    """x and y of an `ecc_key` (big-endian). Raises: FormatError."""
+    x, y = _last_fields(public, 2, len(ecc_key(bytes(DIGEST_SIZE))) - 4)
+    return x, y
+
+
+def ecc_public_key(x: bytes, y: bytes) -> ec.EllipticCurvePublicKey:
+    """Raises: FormatError for a point that is not on the curve."""
+    try:
+        return ec.EllipticCurvePublicNumbers(int.from_bytes(x), int.from_bytes(y), ec.SECP256R1()).public_key()
+    except ValueError:
+        raise FormatError("a point is not on its curve") from None
 
 
 def rsa_public_key(n: bytes) -> rsa.RSAPublicKey:
