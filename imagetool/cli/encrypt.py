@@ -12,7 +12,7 @@ from encfs.commandline import size_option
 from encfs.commandparts import RegistryOptions
 from encfs.errors import FormatError, UsageError
 from encfs.terminal import Terminal
-from imagetool.cli.encrypting import Job, encrypt_image, encrypt_path
+from imagetool.cli.encrypting import Job, ReuseOptions, encrypt_image, encrypt_path
 
 if TYPE_CHECKING:
     from encfs.keys.recipients import RecipientKey
@@ -124,6 +124,7 @@ def command(
         ),
     ] = None,
     *,
+    reuse: ReuseOptions,
     registry: RegistryOptions,
 ) -> None:
     """Encrypt a directory, file or image into an OCI artifact.
@@ -144,6 +145,7 @@ def command(
         raise UsageError("--exclude is for directories; an image is encrypted as it is")
     if not is_image and (platforms or max_layer_size is not None):
         raise UsageError("--platform and --max-layer-size are for container images", hint=f"write oci:{source}")
+    reuse.check(is_image=is_image)
     volume = VolumeOptions(
         suite=suite_by_hash(hash_name),
         frame_size=_checked_frame_size(frame_size),
@@ -155,7 +157,7 @@ def command(
     with recipient_keys(terminal, recipients or (), passphrase_file) as keys:
         job = Job(origin, reference, keys, signing, registry)
         if is_image:
-            encrypt_image(terminal, job, ImageOptions(artifact_id, version, volume, max_layer_size), wanted)
+            encrypt_image(terminal, job, ImageOptions(artifact_id, version, volume, max_layer_size), wanted, reuse)
         else:
             encrypt_path(
                 terminal, job, EncryptOptions(artifact_id, version, volume, tuple(exclude or ()), frame_size is None)

@@ -2,24 +2,100 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from encfs.commandparts import RegistryOptions
-from encfs.errors import NotFoundError
+import typer
+
+from encfs.commandparts import KeyOptions, RegistryOptions, TrustOptions, warn_of_origin
+from encfs.errors import NotFoundError, UsageError
 from encfs.terminal import Terminal
 from encfs.units import format_duration, format_size
 
 if TYPE_CHECKING:
+    from encfs.artifact import Artifact
     from encfs.image.manifest import Platform
     from encfs.keys.jwk import PrivateKey
     from encfs.keys.recipients import RecipientKey
+    from encfs.oci.options import StoreOptions
     from encfs.oci.reference import Reference
     from imagetool.pipeline.encrypt import EncryptOptions, EncryptResult
     from imagetool.pipeline.encrypt_image import ImageOptions, ImagesResult
+
+
+@dataclass(frozen=True, slots=True)
+class ReuseOptions:
+    """The earlier artifact whose layers are taken over, and what makes it acceptable."""
+
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reuse",
+            metavar="REF",
+            help="Take layers of an image over from this earlier artifact, without encrypting them again.",
+            show_default=False,
+        ),
+    ] = None
+    keys: Annotated[
+        list[str] | None,
+        typer.Option("-k", "--key", metavar="KEYURI", help="A key that opens it. Repeatable.", show_default=False),
+    ] = None
+    pin: Annotated[
+        str | None,
+        typer.Option("--pin", metavar="DIGEST", help="Reuse exactly this content digest.", show_default=False),
+    ] = None
+    trust: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--trust",
+            metavar="KEY",
+            help="Reuse what this public key signed under the same --id. Repeatable.",
+            show_default=False,
+        ),
+    ] = None
+    min_version: Annotated[
+        int | None,
+        typer.Option("--min-version", metavar="N", help="Reuse no version below this one.", show_default=False),
+    ] = None
+    allow_unsigned: Annotated[
+        bool, typer.Option("--allow-unsigned", help="Reuse an artifact whose origin nothing proves.")
+    ] = False
+
+    def check(self, *, is_image: bool) -> None:
+        """Raises: UsageError where they do not fit."""
+        if self.reference is None and self != ReuseOptions():
+            raise UsageError("-k and trust options are for --reuse", hint="name the earlier artifact with --reuse REF")
+        if self.reference is not None and not is_image:
+            raise UsageError("--reuse is for container images, whose layers stay the same")
+
+    @contextmanager
+    def opened(
+        self, terminal: Terminal, store: StoreOptions, platforms: Sequence[Platform], artifact_id: str | None
+    ) -> Iterator[list[Artifact]]:
+        """The earlier artifacts for these platforms; none where none was named. Raises: key errors, TrustError, …"""
+        if self.reference is None:
+            yield []
+            return
+        from encfs.oci.reference import parse_reference
+        from imagetool.pipeline.reuse import opened_earlier
+
+        # The same rules as for readers; the line of releases is that of the new artifact.
+        given = TrustOptions(
+            self.pin, self.trust, artifact_id if self.trust else None, self.min_version, self.allow_unsigned
+        )
+        reference, trust = parse_reference(self.reference), given.policy()
+        with ExitStack() as stack:
+            keys = stack.enter_context(KeyOptions(self.keys).providers())
+            opened = [
+                stack.enter_context(opened_earlier(reference, store, platform, keys=keys, trust=trust))
+                for platform in platforms
+            ]
+            for artifact in opened:
+                warn_of_origin(terminal, artifact.origin)
+            yield opened
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +132,9 @@ def encrypt_path(terminal: Terminal, job: Job, options: EncryptOptions) -> None:
     terminal.result(_path_document(str(job.destination), result), _path_lines(str(job.destination), result))
 
 
-def encrypt_image(terminal: Terminal, job: Job, options: ImageOptions, platforms: Sequence[Platform]) -> None:
+def encrypt_image(
+    terminal: Terminal, job: Job, options: ImageOptions, platforms: Sequence[Platform], reuse: ReuseOptions
+) -> None:
     """Encrypt a container image, and print the outcome. Raises: as `imagetool.pipeline.encrypt_image`."""
     from encfs.oci.store import open_sink
     from imagetool.pipeline.encrypt_image import encrypt_images
@@ -65,6 +143,7 @@ def encrypt_image(terminal: Terminal, job: Job, options: ImageOptions, platforms
     store = job.registry.store()
     with (
         opened_images(job.source, store, platforms) as images,
+        reuse.opened(terminal, store, [image.platform for image in images.images], options.artifact_id) as earlier,
         closing(open_sink(job.destination, store)) as sink,
         terminal.progress() as progress,
     ):
@@ -73,9 +152,14 @@ def encrypt_image(terminal: Terminal, job: Job, options: ImageOptions, platforms
             sink,
             job.recipients,
             signers=job.signers,
-            options=options,
+            options=replace(options, concurrency=store.concurrency),
             tag=job.destination.tag,
             progress=progress,
+            earlier=earlier,
+        )
+    if any(image.reused for image in result.images):
+        terminal.warn(
+            f"layers are shared with {reuse.reference}: everybody sees which ones, and who can open that can read them"
         )
     _note_unsigned(terminal, job)
     terminal.result(_image_document(str(job.destination), result), _image_lines(str(job.destination), result))

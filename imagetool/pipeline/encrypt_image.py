@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
+from encfs.artifact import Artifact
 from encfs.erofs.writer import ErofsWriter
 from encfs.errors import EncfsError, IntegrityError, StorageError, UnsupportedError
 from encfs.format.descriptor import ARTIFACT_TYPE, MANIFEST_TYPE, MAX_VOLUMES, ContentDescriptor
@@ -22,8 +24,10 @@ from encfs.image.manifest import INDEX_TYPE, Platform
 from encfs.keys.jwk import PrivateKey
 from encfs.keys.recipients import RecipientKey
 from encfs.oci.blobs import BlobTarget, Descriptor
+from encfs.oci.options import DEFAULT_CONCURRENCY
 from encfs.progress import Progress
 from imagetool.pipeline.publish import IMAGE_UUID, ArtifactOptions, TrackedSink, check_options, write_documents
+from imagetool.pipeline.reuse import TakenLayer, take_layers
 from imagetool.sources.image import SourceImage, SourceImages, SourceLayer
 from imagetool.tar.below import DirectoriesBelow
 from imagetool.tar.layer import write_layer
@@ -34,9 +38,11 @@ from imagetool.tar.stream import ByteStream
 
 @dataclass(frozen=True, slots=True)
 class ImageOptions(ArtifactOptions):
-    """`max_layer_size`: bytes that a layer may unpack to (None: `encfs.image.compression.allowed_size`)."""
+    """`max_layer_size`: bytes that a layer may unpack to (None: `encfs.image.compression.allowed_size`); `concurrency`:
+    blobs that are copied at a time where they are taken over."""
 
     max_layer_size: int | None = None
+    concurrency: int = DEFAULT_CONCURRENCY
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +77,12 @@ def encrypt_images(
     options: ImageOptions,
     tag: str | None,
     progress: Progress,
+    earlier: Sequence[Artifact | None] = (),
 ) -> ImagesResult:
     """Encrypt for all `recipients`; the tag is moved last, and on failure what was written is taken back.
 
+    `earlier` has for each image an artifact whose layers are taken over where they are the same; their blobs, which are
+    no secret to anybody new, stay at the destination on failure.
     Raises: UsageError, MissingKeyError; SourceError and FormatError naming the layer, IntegrityError where one is not
     of its diff ID; what the stores raise.
     """
@@ -82,11 +91,17 @@ def encrypt_images(
     # One line of releases for all platforms.
     options = replace(options, artifact_id=options.artifact_id or secrets.token_hex(16))
     tracked = TrackedSink(sink)
-    progress.begin("encrypt", sum(image.size for image in source.images))
     made: list[EncryptedImage] = []
     try:
-        for image in source.images:
-            volumes = _write_layers(image, tracked, options, progress)
+        for image, former in zip_longest(source.images, earlier):
+            taken = (
+                {}
+                if former is None
+                else take_layers(
+                    former, image.parsed.diff_ids, options.volume.suite, sink, progress, options.concurrency
+                )
+            )
+            volumes = _write_layers(image, tracked, options, progress, taken)
             content, document = write_documents(
                 volumes, tracked, recipients, signers, options, image_config=image.config
             )
@@ -94,7 +109,7 @@ def encrypt_images(
                 manifest = tracked.write_manifest(document, MANIFEST_TYPE)
             else:
                 manifest = tracked.put_manifest(document, MANIFEST_TYPE, tag=tag, artifact_type=ARTIFACT_TYPE)
-            made.append(EncryptedImage(image.platform, content, manifest, len(image.layers), 0))
+            made.append(EncryptedImage(image.platform, content, manifest, len(image.layers), len(taken)))
         if source.is_index:
             manifest = tracked.put_manifest(_index(made), INDEX_TYPE, tag=tag)
     except BaseException:
@@ -132,18 +147,30 @@ def _index(images: Sequence[EncryptedImage]) -> bytes:
 
 
 def _write_layers(
-    image: SourceImage, sink: TrackedSink, options: ImageOptions, progress: Progress
+    image: SourceImage,
+    sink: TrackedSink,
+    options: ImageOptions,
+    progress: Progress,
+    taken: Mapping[str, TakenLayer],
 ) -> list[WrittenVolume]:
     if len(image.layers) * 2 > MAX_VOLUMES:
         raise UnsupportedError(
             f"the image has {len(image.layers)} layers, an artifact holds {MAX_VOLUMES // 2} at most"
         )
+    new = [number for number, layer in enumerate(image.layers) if layer.diff_id not in taken]
+    progress.begin("encrypt", sum(image.layers[number].size for number in new))
     volumes: dict[str, tuple[WrittenVolume, WrittenVolume]] = {}
     with closing(DirectoriesBelow()) as below:
-        for number, layer in enumerate(image.layers, 1):
-            # A layer that an image has twice, as it may have an empty one, is stored once.
-            if layer.diff_id not in volumes:
-                what = f"layer {number} of {len(image.layers)} ({layer.diff_id})"
+        for number, layer in enumerate(image.layers):
+            if layer.diff_id in volumes:
+                # One that an image has twice, as it may have an empty one, is stored once.
+                continue
+            if layer.diff_id in taken:
+                volumes[layer.diff_id] = taken[layer.diff_id].volumes
+                if new and number < new[-1]:
+                    below.read(taken[layer.diff_id].image())
+            else:
+                what = f"layer {number + 1} of {len(image.layers)} ({layer.diff_id})"
                 volumes[layer.diff_id] = _write_layer(layer, sink, options, below, progress, what)
     return [volume for pair in volumes.values() for volume in pair]
 
