@@ -197,6 +197,18 @@ class Names:
 
     # -- removing
 
+    def remove(self, path: bytes, *, contents_only: bool) -> None:
+        """Remove what is at a path with everything below it, or only what is in the directory; not the root itself."""
+        if contents_only or not path:
+            found = self.find(path)
+            if found is not None and found[1] == TYPE_DIRECTORY:
+                self.clear(found[0])
+            return
+        parent, _slash, name = path.rpartition(b"/")
+        above = self.find(parent)
+        if above is not None and above[1] == TYPE_DIRECTORY:
+            self.remove_in(above[0], name)
+
     def remove_in(self, parent: int, name: bytes) -> bool:
         """Remove a name of a directory with everything below it; whether it was there."""
         row = self._spool.execute(_SELECT_OWNED, (parent, name)).fetchone()

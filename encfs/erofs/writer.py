@@ -183,6 +183,11 @@ class ErofsWriter:
             found = self._names.find(path)
         return None if found is None else _MODES[found[1]]
 
+    def remove(self, path: bytes, *, contents_only: bool = False) -> None:
+        """Remove what is at a path with everything below it, or only what is in it; harmless where nothing is."""
+        with storage_errors():
+            self._names.remove(path, contents_only=contents_only)
+
     def imply_directory(self, path: bytes) -> None:
         """Note a directory as one that something below it implies. Raises: SourceError."""
         with storage_errors():

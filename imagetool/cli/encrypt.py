@@ -115,6 +115,9 @@ def command(
             show_default=False,
         ),
     ] = None,
+    flatten: Annotated[
+        bool, typer.Option("--flatten", help="Make all layers of an image into one; they are read twice.")
+    ] = False,
     max_layer_size: Annotated[
         int | None,
         size_option(
@@ -143,8 +146,12 @@ def command(
     is_image = origin.transport != "path"
     if is_image and exclude:
         raise UsageError("--exclude is for directories; an image is encrypted as it is")
-    if not is_image and (platforms or max_layer_size is not None):
-        raise UsageError("--platform and --max-layer-size are for container images", hint=f"write oci:{source}")
+    if not is_image and (platforms or flatten or max_layer_size is not None):
+        raise UsageError(
+            "--platform, --flatten and --max-layer-size are for container images", hint=f"write oci:{source}"
+        )
+    if flatten and reuse.reference is not None:
+        raise UsageError("--flatten leaves no layers that could be taken over", hint="leave --reuse or --flatten out")
     reuse.check(is_image=is_image)
     volume = VolumeOptions(
         suite=suite_by_hash(hash_name),
@@ -157,7 +164,9 @@ def command(
     with recipient_keys(terminal, recipients or (), passphrase_file) as keys:
         job = Job(origin, reference, keys, signing, registry)
         if is_image:
-            encrypt_image(terminal, job, ImageOptions(artifact_id, version, volume, max_layer_size), wanted, reuse)
+            encrypt_image(
+                terminal, job, ImageOptions(artifact_id, version, volume, max_layer_size, flatten), wanted, reuse
+            )
         else:
             encrypt_path(
                 terminal, job, EncryptOptions(artifact_id, version, volume, tuple(exclude or ()), frame_size is None)

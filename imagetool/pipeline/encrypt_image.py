@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
@@ -19,7 +19,7 @@ from encfs.erofs.writer import ErofsWriter
 from encfs.errors import EncfsError, IntegrityError, StorageError, UnsupportedError
 from encfs.format.descriptor import ARTIFACT_TYPE, MANIFEST_TYPE, MAX_VOLUMES, ContentDescriptor
 from encfs.format.writer import VolumeOptions, VolumeWriter, WrittenVolume
-from encfs.image.artifact import AUXILIARY_PREFIX, LAYER_PREFIX
+from encfs.image.artifact import AUXILIARY_PREFIX, FLAT_NAME, LAYER_PREFIX
 from encfs.image.manifest import INDEX_TYPE, Platform
 from encfs.keys.jwk import PrivateKey
 from encfs.keys.recipients import RecipientKey
@@ -28,8 +28,9 @@ from encfs.oci.options import DEFAULT_CONCURRENCY
 from encfs.progress import Progress
 from imagetool.pipeline.publish import IMAGE_UUID, ArtifactOptions, TrackedSink, check_options, write_documents
 from imagetool.pipeline.reuse import TakenLayer, take_layers
-from imagetool.sources.image import SourceImage, SourceImages, SourceLayer
+from imagetool.sources.image import SourceImage, SourceImages
 from imagetool.tar.below import DirectoriesBelow
+from imagetool.tar.flatten import FlattenPlan
 from imagetool.tar.layer import write_layer
 from imagetool.tar.reader import TarReader
 from imagetool.tar.recipe import RecipeWriter
@@ -39,9 +40,10 @@ from imagetool.tar.stream import ByteStream
 @dataclass(frozen=True, slots=True)
 class ImageOptions(ArtifactOptions):
     """`max_layer_size`: bytes that a layer may unpack to (None: `encfs.image.compression.allowed_size`); `concurrency`:
-    blobs that are copied at a time where they are taken over."""
+    blobs that are copied at a time where they are taken over; `flatten`: one volume of all layers."""
 
     max_layer_size: int | None = None
+    flatten: bool = False
     concurrency: int = DEFAULT_CONCURRENCY
 
 
@@ -101,7 +103,10 @@ def encrypt_images(
                     former, image.parsed.diff_ids, options.volume.suite, sink, progress, options.concurrency
                 )
             )
-            volumes = _write_layers(image, tracked, options, progress, taken)
+            if options.flatten:
+                volumes = [_write_flat(image, tracked, options, progress)]
+            else:
+                volumes = _write_layers(image, tracked, options, progress, taken)
             content, document = write_documents(
                 volumes, tracked, recipients, signers, options, image_config=image.config
             )
@@ -170,38 +175,69 @@ def _write_layers(
                 if new and number < new[-1]:
                     below.read(taken[layer.diff_id].image())
             else:
-                what = f"layer {number + 1} of {len(image.layers)} ({layer.diff_id})"
-                volumes[layer.diff_id] = _write_layer(layer, sink, options, below, progress, what)
+                volumes[layer.diff_id] = _write_layer(image, number, sink, options, below, progress)
     return [volume for pair in volumes.values() for volume in pair]
 
 
+def _write_flat(image: SourceImage, sink: TrackedSink, options: ImageOptions, progress: Progress) -> WrittenVolume:
+    progress.begin("encrypt", 2 * image.size)
+    writer = VolumeWriter(sink, replace(options.volume, name=FLAT_NAME))
+    try:
+        with closing(FlattenPlan()) as plan:
+            for number in range(len(image.layers)):
+                with _checked(image, number, options, progress) as stream:
+                    plan.read(TarReader(stream, _ignore), number)
+            with ErofsWriter(writer, uuid=IMAGE_UUID, synthesise_parents=True, replace=True) as tree:
+                for number in range(len(image.layers)):
+                    with _checked(image, number, options, progress) as stream:
+                        plan.write(TarReader(stream, _ignore), number, tree)
+                tree.finish()
+        return writer.finish()
+    finally:
+        writer.abort()
+
+
+def _ignore(_data: bytes) -> None:
+    """What is no file's contents is not kept."""
+
+
+@contextmanager
+def _checked(image: SourceImage, number: int, options: ImageOptions, progress: Progress) -> Iterator[ByteStream]:
+    """A layer's archive to be read to its end; errors name the layer. Raises: IntegrityError for another diff ID."""
+    layer = image.layers[number]
+    try:
+        stream = ByteStream(layer.tar(progress.advance, maximum=options.max_layer_size, what="it"))
+        yield stream
+        if stream.digest() != layer.diff_id:
+            raise IntegrityError(
+                f"its content is {stream.digest()}, not what the image's config says",
+                hint="the image is damaged, or was put together wrongly; get it again from its maker",
+            )
+    except EncfsError as error:
+        what = f"layer {number + 1} of {len(image.layers)} ({layer.diff_id})"
+        raise type(error)(f"{what}: {error.message}", hint=error.hint) from error
+    except OSError as error:
+        raise StorageError(f"layer {number + 1}: {error.strerror or error}") from error
+
+
 def _write_layer(
-    layer: SourceLayer,
+    image: SourceImage,
+    number: int,
     sink: TrackedSink,
     options: ImageOptions,
     below: DirectoriesBelow,
     progress: Progress,
-    what: str,
 ) -> tuple[WrittenVolume, WrittenVolume]:
-    try:
-        stream = ByteStream(layer.tar(progress.advance, maximum=options.max_layer_size, what="it"))
-        with closing(RecipeWriter()) as recipe:
-            volume = _sealed(sink, replace(options.volume, name=LAYER_PREFIX + layer.diff_id), stream, recipe, below)
-            if stream.digest() != layer.diff_id:
-                raise IntegrityError(
-                    f"its content is {stream.digest()}, not what the image's config says",
-                    hint="the image is damaged, or was put together wrongly; get it again from its maker",
-                )
-            auxiliary = VolumeWriter(sink, replace(options.volume, name=AUXILIARY_PREFIX + layer.diff_id))
-            try:
-                recipe.write(auxiliary)
-                return volume, auxiliary.finish()
-            finally:
-                auxiliary.abort()
-    except EncfsError as error:
-        raise type(error)(f"{what}: {error.message}", hint=error.hint) from error
-    except OSError as error:
-        raise StorageError(f"{what}: {error.strerror or error}") from error
+    diff_id = image.layers[number].diff_id
+    with closing(RecipeWriter()) as recipe:
+        with _checked(image, number, options, progress) as stream:
+            volume = _sealed(sink, replace(options.volume, name=LAYER_PREFIX + diff_id), stream, recipe, below)
+        auxiliary = VolumeWriter(sink, replace(options.volume, name=AUXILIARY_PREFIX + diff_id))
+        try:
+            recipe.write(auxiliary)
+            return volume, auxiliary.finish()
+        finally:
+            auxiliary.abort()
 
 
 def _sealed(

@@ -22,6 +22,7 @@ from encfs.artifact import Artifact, open_artifact
 from encfs.browse import open_image
 from encfs.erofs.walk import walk
 from encfs.errors import EncfsError, FormatError, IntegrityError, SourceError, UnsupportedError, UsageError
+from encfs.format.suite import SUITES
 from encfs.format.writer import VolumeOptions
 from encfs.image.compression import Compression
 from encfs.image.manifest import DOCKER_MANIFEST_TYPE, INDEX_TYPE, Platform
@@ -33,6 +34,7 @@ from encfs.progress import NoProgress
 from encfs.trust import TrustPolicy
 from imagetool.pipeline.decrypt_image import RestoredImage, restore_image
 from imagetool.pipeline.encrypt_image import ImageOptions, ImagesResult, encrypt_images
+from imagetool.pipeline.reuse import opened_earlier
 from imagetool.sources.image import opened_images
 from tests.support.artifacts import ARTIFACT_ID, Keys, make_keys
 from tests.support.container_images import Store, make_image, make_index
@@ -236,9 +238,11 @@ LAYERS = [
 
 
 @needs_umoci
-def test_the_merged_tree_is_what_umoci_unpacks(tmp_path: Path, store: Store, keys: Keys) -> None:
+@pytest.mark.parametrize("flatten", [False, True], ids=["layers", "flattened"])
+def test_the_merged_tree_is_what_umoci_unpacks(tmp_path: Path, store: Store, keys: Keys, flatten: bool) -> None:
     make_image(store, "v1", plain(*LAYERS))
-    encrypt(store.reference("v1"), tmp_path / "enc", keys)
+    options = ImageOptions(ARTIFACT_ID, 1, VolumeOptions(compress=True), flatten=flatten)
+    encrypt(store.reference("v1"), tmp_path / "enc", keys, options=options)
     expected = unpacked(f"{store.path}:v1", tmp_path / "unpacked")
     actual = tree_of(tmp_path / "enc", keys)
     assert actual.keys() == expected.keys()
@@ -292,6 +296,94 @@ def test_a_failure_after_some_layers_leaves_nothing(tmp_path: Path, store: Store
     with pytest.raises(SourceError, match=r"layer 2 of 2 .*\.\."):
         encrypt(store.reference("bad"), tmp_path / "enc", keys)
     assert (Store(tmp_path / "enc").blobs(), (tmp_path / "enc" / "index.json").read_bytes()) == before
+
+
+# -- all layers in one
+
+
+def test_a_flattened_image_has_nothing_of_what_is_hidden(tmp_path: Path, store: Store, keys: Keys) -> None:
+    secret, kept = os.urandom(50000), os.urandom(50000)
+    layers = [
+        archive(
+            directory("d"),
+            regular("d/secret", secret),
+            regular("e", secret),
+            regular("f", secret),
+            directory("o"),
+            regular("o/secret", secret),
+            regular("linked", kept),
+            hard_link("link", "linked"),
+        ),
+        archive(
+            regular(".wh.d"), regular("e", b"new"), directory("f"), regular("o/.wh..wh..opq"), regular(".wh.linked")
+        ),
+    ]
+    make_image(store, "v1", plain(*layers))
+    flat = ImageOptions(ARTIFACT_ID, 1, VolumeOptions(), flatten=True)
+    encrypt(store.reference("v1"), tmp_path / "enc", keys, options=flat)
+    with open_encrypted(tmp_path / "enc", keys) as artifact:
+        (volume,) = artifact.volumes
+        assert artifact.payload.volumes[0].name == "rootfs"
+        assert artifact.payload.image_config is not None
+        content = bytes(volume.read(0, volume.size))
+    assert secret not in content
+    assert content.count(kept) == 1
+    found = tree_of(tmp_path / "enc", keys)
+    assert found.keys() == {"", "e", "f", "o", "link"}
+    assert found["link"][5] == kept
+    with pytest.raises(UnsupportedError, match="one by one"):
+        restore(tmp_path / "enc", keys, tmp_path / "back")
+    assert Store(tmp_path / "back").blobs() == set()
+
+
+# -- layers that are taken over
+
+
+def reuse(source: str, earlier: Path, target: Path, keys: Keys, *, hash_name: str = "blake3") -> ImagesResult:
+    trust = TrustPolicy(keys=(keys.verifier,), artifact_id=ARTIFACT_ID, min_version=1)
+    with (
+        opened_images(parse_reference(source), StoreOptions()) as images,
+        opened_earlier(
+            parse_reference(f"oci:{earlier}:v1"),
+            StoreOptions(),
+            images.images[0].platform,
+            keys=[provider_from_uri(str(keys.recipient_file))],
+            trust=trust,
+        ) as artifact,
+        closing(Layout(target, create=True)) as sink,
+    ):
+        return encrypt_images(
+            images,
+            sink,
+            [keys.public],
+            signers=[keys.signer],
+            options=ImageOptions(ARTIFACT_ID, 2, VolumeOptions(suite=SUITES[hash_name], compress=True)),
+            tag="v1",
+            progress=NoProgress(),
+            earlier=[artifact],
+        )
+
+
+def test_layers_that_are_the_same_are_taken_over(tmp_path: Path, store: Store, keys: Keys) -> None:
+    implies = archive(regular("etc/more", b"x"))
+    make_image(store, "one", plain(LAYERS[0], implies))
+    encrypt(store.reference("one"), tmp_path / "one", keys)
+    make_image(store, "two", plain(LAYERS[0], implies, archive(regular("etc/third"))))
+    result = reuse(store.reference("two"), tmp_path / "one", tmp_path / "two", keys)
+    assert (result.images[0].layers, result.images[0].reused) == (3, 2)
+    assert result.stored_size < 40_000
+    with open_encrypted(tmp_path / "one", keys) as one, open_encrypted(tmp_path / "two", keys) as two:
+        assert two.content.volumes[:4] == one.content.volumes
+    assert tree_of(tmp_path / "two", keys)["etc"][1:4] == (0o750, 7, 8)
+    restore(tmp_path / "two", keys, tmp_path / "back")
+    assert len(Store(tmp_path / "back").plain_layers("back")) == 3
+    # Above other layers the second one would have another directory's attributes.
+    make_image(store, "three", plain(archive(directory("etc", mode=0o711)), implies, LAYERS[2]))
+    result = reuse(store.reference("three"), tmp_path / "one", tmp_path / "three", keys)
+    assert result.images[0].reused == 0
+    assert tree_of(tmp_path / "three", keys)["etc"][1] == 0o711
+    with pytest.raises(UnsupportedError, match="another hash"):
+        reuse(store.reference("two"), tmp_path / "one", tmp_path / "two", keys, hash_name="sha256")
 
 
 # -- platforms
