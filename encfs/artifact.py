@@ -85,6 +85,8 @@ class Artifact:
     origin: Origin
     volumes: tuple[VolumeReader, ...]
     source: BlobSource = field(repr=False)
+    #: URI of the key provider that opened it.
+    key_uri: str = ""
 
     @property
     def content_digest(self) -> str:
@@ -150,26 +152,36 @@ def open_artifact(
     try:
         loaded = load_artifact(source, manifest)
         origin = loaded.check_trust(trust)
-        payload = open_payload(loaded, keys)
+        opened_by: list[str] = []
+        payload = open_payload(loaded, keys, lambda provider: opened_by.append(provider.uri))
         chosen = [one for one in loaded.content.volumes if wanted is None or wanted(payload.volume(one.id).name)]
         volumes = _open_volumes(source, loaded.content, chosen, payload, cache_size, label or loaded.content_digest)
     except BaseException:
         source.close()
         raise
-    return Artifact(loaded.content, payload, origin, volumes, source)
+    return Artifact(loaded.content, payload, origin, volumes, source, opened_by[-1])
 
 
-def open_payload(loaded: LoadedArtifact, keys: Sequence[KeyProvider]) -> Payload:
+def open_payload(
+    loaded: LoadedArtifact, keys: Sequence[KeyProvider], opened_by: Callable[[KeyProvider], None] | None = None
+) -> Payload:
     """Unwrap the keyring and check its payload against the descriptor's commitment. Call `check_trust` first.
 
-    What came with the key that opens it may refuse the artifact (`encfs.trust.check_binding`).
+    What came with the key that opens it may refuse the artifact (`encfs.trust.check_binding`). `opened_by` is told
+    whose key it was.
 
     Raises: MissingKeyError, WrongKeyError, KeyProviderError, IntegrityError, FormatError; PinError, WrongIdError,
     RollbackError by what came with the key.
     """
     if not keys:
         raise MissingKeyError("no key was given to open the artifact", hint="pass -k KEYURI, for example -k owner.jwk")
-    content = loaded.keyring.open(keys, loaded.check_key)
+
+    def accept(provider: KeyProvider) -> None:
+        loaded.check_key(provider)
+        if opened_by is not None:
+            opened_by(provider)
+
+    content = loaded.keyring.open(keys, accept)
     try:
         return parse_payload(content, loaded.content.payload_commitment)
     finally:

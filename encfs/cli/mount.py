@@ -90,6 +90,19 @@ def command(
             show_default=False,
         ),
     ] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            "--listen",
+            metavar="IP:PORT|unix:PATH",
+            help="Answer /healthz, /readyz and /metrics there; loopback only.",
+            show_default=False,
+        ),
+    ] = None,
+    log_format: Annotated[
+        Literal["text", "json"],
+        typer.Option("--log-format", metavar="text|json", help="How the daemon logs.", show_choices=False),
+    ] = "text",
     supervised: Annotated[
         bool, typer.Option("--supervise", help="Restart the daemon if it dies; open files and reads go on.")
     ] = False,
@@ -99,6 +112,7 @@ def command(
     Every byte read is verified and decrypted on the way. Returns once the mount answers; its daemon goes on in the
     background.
     """
+    from encfs.audit import audit_of
     from encfs.hardening import forbid_dumps, forbid_swapping
     from encfs.image.artifact import image_parts
     from encfs.lazy import companion_for
@@ -118,6 +132,8 @@ def command(
         suid=suid,
         dev=dev,
         log_file=Path(log_file) if log_file is not None else None,
+        log_format=log_format,
+        listen=listen,
         backend=backend,
         writable=writable,
         upper=Path(upper) if upper is not None else None,
@@ -151,6 +167,7 @@ def command(
         words += ["--memory", str(memory)] * (memory is not None)
         words += ["--allow-other"] * allow_other + ["--suid"] * suid + ["--dev"] * dev
         words += ["--platform", str(platform)] * (platform is not None) + ["--prefetch", prefetch]
+        words += ["--log-format", log_format] + ["--listen", str(listen)] * (listen is not None)
         words += ["--prefetch-rate", str(prefetch_rate)] * (prefetch_rate is not None)
         supervise([*words, reference], directory, options, reference, report)
         return
@@ -176,4 +193,5 @@ def command(
             companion=companion,
             on_ready=report,
             handover=handover,
+            audit=audit_of(artifact, reference),
         )

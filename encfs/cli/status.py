@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from encfs.errors import MountError
 from encfs.terminal import Terminal
 from encfs.units import format_duration, format_size
 
@@ -13,13 +16,21 @@ if TYPE_CHECKING:
     from encfs.mount.options import MountStatus
 
 
-def command(terminal: Terminal) -> None:
+def command(
+    terminal: Terminal,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with 40 unless something is mounted and everything serves.")
+    ] = False,
+) -> None:
     """List the mounts and their counters."""
     from encfs.mount.client import mounts
 
     found = mounts()
     if not found:
         terminal.note("nothing is mounted")
+    if check and (not found or any(status.state != "serving" for status in found)):
+        states = ", ".join(f"{status.mountpoint}: {status.state}" for status in found if status.state != "serving")
+        raise MountError(f"not serving: {states or 'nothing is mounted'}")
     terminal.result({"mounts": [status.to_json() for status in found]}, _lines(found))
 
 

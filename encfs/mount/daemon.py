@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
@@ -55,13 +55,15 @@ def mount(
     on_ready: OnReady | None = None,
     ready_timeout: float = READY_TIMEOUT,
     handover: Handover | None = None,
+    audit: Mapping[str, object] | None = None,
 ) -> MountStatus:
     """Mount what `choose_shape` made of an artifact; `on_ready` is called once it answers through the kernel.
 
     In the background (the default) this returns then; the daemon is another process, and this one may have no threads.
     In the foreground it returns when the mount has ended. `owner` (the artifact; by default the volumes) is taken over
     and closed in any case. `companion` works beside the mount. With `handover` somebody else has mounted it, and it is
-    served in the foreground. `reference` and `content_digest` are shown by `mounts()`. `ready_timeout` in seconds.
+    served in the foreground. `reference` and `content_digest` are shown by `mounts()`. `ready_timeout` in seconds;
+    `audit` goes to the log once it answers.
     Raises: MountError; StorageError for runtime directory or log file; FormatError, UnsupportedError for what is no
     EROFS image that can be read; what the volume raises for the image's beginning and its root directory.
     """
@@ -90,9 +92,10 @@ def mount(
             shape.recipe,
             companion or NoCompanion(),
             handover,
+            audit or {},
         )
         if options.foreground or handover is not None:
-            with logging_to(options.log_file):
+            with logging_to(options.log_file, options.log_format):
                 return _run(plan, on_ready or _nobody)
         report = run_in_background(lambda report: _background(plan, kept, report), timeout=ready_timeout)
         status = MountStatus(**report)  # type: ignore[arg-type]
@@ -112,7 +115,7 @@ def _background(plan: MountPlan, owner: Closeable, report: Report) -> int:
     try:
         directory = runtime_directory()
         plan = replace(plan, log_file=plan.log_file or log_path(directory, plan.mountpoint))
-        with logging_to(plan.log_file):
+        with logging_to(plan.log_file, plan.options.log_format):
             try:
                 _run(plan, lambda status: report.ready(status.to_json()))
             except EncfsError as error:

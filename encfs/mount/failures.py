@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from encfs.errors import EncfsError
+from encfs.errors import EncfsError, IntegrityError
 
 _PERIOD = 60.0
 _LINES_PER_KIND = 10
@@ -53,7 +53,9 @@ class FailureLog:
             return
         suffix = f" ({left_out} similar left out)" if left_out else ""
         if isinstance(error, EncfsError):
-            log.error("%s: %s%s", type(error).__name__, error, suffix)
+            audit = {"event": "integrity_failure", "error": type(error).__name__, "detail": error.message}
+            extra = {"audit": audit} if isinstance(error, IntegrityError) else None
+            log.error("%s: %s%s", type(error).__name__, error, suffix, extra=extra)
         else:
             log.error("unexpected error in a request%s", suffix, exc_info=error)
 

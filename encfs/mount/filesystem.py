@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
@@ -23,6 +24,7 @@ from encfs.erofs.structures import BLOCK_SIZE, MAX_NAME
 from encfs.erofs.tree import Inode
 from encfs.mount.failures import FailureLog
 from encfs.mount.listing import Listings
+from encfs.mount.metrics import ReadTimes
 from encfs.mount.reading import ImageContents, NotAtHandError
 from encfs.mount.workers import Workers
 
@@ -48,6 +50,7 @@ class ImageFilesystem(pyfuse3.Operations):
         super().__init__()
         self.enable_acl = enable_acl
         self.waits = 0
+        self.times = ReadTimes()
         self._contents = contents
         self._image = contents.image
         self._failures = failures
@@ -196,18 +199,25 @@ class ImageFilesystem(pyfuse3.Operations):
 
     # pyfuse3 takes any buffer.
     async def read(self, fh: int, off: int, size: int) -> memoryview:  # type: ignore[override]
+        started = time.perf_counter()
         try:
-            return self._contents.read_now(fh, off, size)
+            data = self._contents.read_now(fh, off, size)
+            self.times.observe(time.perf_counter() - started)
+            return data  # noqa: TRY300 - the usual end
         except NotAtHandError:
             pass
         except Exception as error:  # noqa: BLE001 - the daemon survives any request
             self._fail(error)
         buffer = self._contents.take_buffer(size)
+        waiting = self.times.begin()
         try:
             data = await self._answer_in_thread(self._contents.read_waiting, fh, off, buffer[:size])
         except FUSEError:
             self._contents.return_buffer(buffer)
             raise
+        finally:
+            self.times.end(waiting)
+            self.times.observe(time.perf_counter() - started)
         # Free again: the reply is sent before this thread runs another handler (pyfuse3's fuse_read_async). Where the
         # call was cancelled instead, its thread may still write to the buffer, and nobody gets it any more.
         self._contents.return_buffer(buffer)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import logging.handlers
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 from encfs.errors import StorageError
+from encfs.mount.options import LogFormat
 
 #: A log file is begun anew at this size (bytes); one older file is kept beside it.
 _MAX_SIZE = 1 << 20
@@ -18,17 +21,42 @@ _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 _LOGGERS = ("encfs", "pyfuse3")
 
 
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: `time` (RFC 3339), `level`, `logger`, `message`, and what an audit line says."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        document: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if isinstance(audit := getattr(record, "audit", None), dict):
+            document["audit"] = audit
+        if record.exc_info:
+            document["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(document)
+
+
 @contextmanager
-def logging_to(path: Path | None) -> Iterator[None]:
+def logging_to(path: Path | None, log_format: LogFormat = "text") -> Iterator[None]:
     """Send this project's messages to a file, or to stderr where `path` is None and nobody has set up logging yet.
 
     Raises: StorageError where the file cannot be opened.
     """
-    handler = _file_handler(path) if path else _stderr_handler()
+    if path is not None:
+        handler: logging.Handler | None = _file_handler(path)
+    elif log_format == "json":
+        # Whoever collects these lines wants nothing else on the stream.
+        handler = logging.StreamHandler(sys.stderr)
+        for name in _LOGGERS:
+            logging.getLogger(name).handlers.clear()
+    else:
+        handler = _stderr_handler()
     if handler is None:
         yield
         return
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.setFormatter(JsonFormatter() if log_format == "json" else logging.Formatter(_FORMAT))
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [(logger, logger.level) for logger in loggers]
     for logger in loggers:

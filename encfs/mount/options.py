@@ -20,6 +20,8 @@ IMAGE_PREFIX = "encfs-"
 #: `restarting`: a supervisor holds the mount until the next daemon is there; `failing`: none has come, reads fail.
 MountState = Literal["serving", "detached", "silent", "dead", "foreign", "restarting", "failing"]
 
+LogFormat = Literal["text", "json"]
+
 #: `auto`: the kernel's EROFS where it can be used and the artifact's origin is proven.
 BackendChoice = Literal["fuse", "erofs", "auto"]
 
@@ -31,7 +33,8 @@ class MountOptions:
     `allow_other` lets other users in (/etc/fuse.conf must permit it to users who are not root). `suid` and `dev` honour
     set-uid bits and device nodes of the image, which only root can ask for. `default_permissions` has the kernel check
     modes and POSIX ACLs. `max_read_ahead` is in bytes, and set where /sys can be written. `log_file` None: stderr in
-    the foreground; in the background a bounded file in the runtime directory, which a clean end removes. `backend` says
+    the foreground; in the background a bounded file in the runtime directory, which a clean end removes. `listen` is
+    where probes and metrics are answered (`health`). `backend` says
     who reads the images. With `writable`, what is written goes to the directory `upper`, or without one to memory.
     """
 
@@ -42,6 +45,8 @@ class MountOptions:
     default_permissions: bool = True
     max_read_ahead: int = MAX_REQUEST
     log_file: Path | None = None
+    log_format: LogFormat = "text"
+    listen: str | None = None
     backend: BackendChoice = "fuse"
     writable: bool = False
     upper: Path | None = None

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,14 +24,16 @@ import pyfuse3
 import trio
 
 from encfs.errors import EncfsError, MountError
-from encfs.mount import control, polling
+from encfs.mount import control, health, polling
 from encfs.mount.assembly import Recipe, assemble_apart, attach_at, open_fuse
 from encfs.mount.companion import Companion, NoCompanion
 from encfs.mount.failures import FailureLog
 from encfs.mount.filesystem import ImageFilesystem
 from encfs.mount.handover import Handover
+from encfs.mount.metrics import render
 from encfs.mount.mountpoint import top_mount, unmount
 from encfs.mount.negotiation import Placeholder
+from encfs.mount.notify import notify, watchdog_interval
 from encfs.mount.options import MOUNT_SOURCE, MountOptions, MountStatus
 from encfs.mount.reading import ImageContents
 from encfs.mount.runtime import listen, runtime_directory, socket_path
@@ -66,6 +68,7 @@ class MountPlan:
     recipe: Recipe | None = None
     companion: Companion = field(default_factory=NoCompanion)
     handover: Handover | None = None
+    audit: Mapping[str, object] = field(default_factory=dict)
 
 
 class Session:
@@ -80,6 +83,8 @@ class Session:
         self._stopping = False
         self._error: EncfsError | None = None
         self._unattached = -1
+        self._ready = False
+        self._listener = health.listen_at(plan.options.listen) if plan.options.listen is not None else None
         handover = plan.handover
         self._base = MountStatus(
             mountpoint=plan.mountpoint,
@@ -164,6 +169,11 @@ class Session:
                 nursery.start_soon(control.serve, server, self._describe, self.stop)
             if self._plan.handover is not None and self._plan.handover.channel is not None:
                 nursery.start_soon(self._answer_giver, self._plan.handover.channel)
+            if self._listener is not None:
+                probes = health.Probes(lambda: self._ready and not self._stopping, self._metrics)
+                nursery.start_soon(health.serve, self._listener, probes)
+            if (interval := watchdog_interval()) is not None:
+                nursery.start_soon(self._show_life, interval)
             nursery.start_soon(self._announce)
             with self._requests:
                 await pyfuse3.main(max_tasks=_MAX_TASKS)
@@ -174,6 +184,8 @@ class Session:
         """End: requests under way get a moment."""
         if not self._stopping:
             self._stopping = True
+            if not self._base.supervisor:
+                notify("STOPPING=1")
             pyfuse3.terminate()
             self._requests.deadline = trio.current_time() + _GRACE
 
@@ -184,6 +196,14 @@ class Session:
         if self._plan.handover is not None and self._plan.handover.relayed:
             server = listen(socket_path(runtime_directory(), self._plan.mountpoint))
             await control.serve(server, self._describe, self.stop)
+
+    async def _show_life(self, interval: float) -> None:
+        while True:
+            notify("WATCHDOG=1")
+            await trio.sleep(interval)
+
+    def _metrics(self) -> str:
+        return render(self.status(), self._filesystem.times, ready=self._ready)
 
     def _describe(self) -> dict[str, object]:
         return self.status().to_json()
@@ -238,7 +258,12 @@ class Session:
         gc.collect()
         gc.freeze()
         log.info("%s: mounted %s %s", self._plan.mountpoint, self._plan.reference, self._plan.content_digest)
+        if self._plan.audit:
+            said = ", ".join(f"{name} {value}" for name, value in self._plan.audit.items())
+            log.info("audit: %s", said, extra={"audit": dict(self._plan.audit)})
         self._plan.companion.start()
+        self._ready = True
+        notify(f"READY=1\nSTATUS=serving {self._plan.mountpoint}")
         self._on_ready(self.status())
 
 

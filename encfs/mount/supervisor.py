@@ -330,7 +330,7 @@ def supervise(
     clear_leftovers(place)
     check_fuse(allow_other=options.allow_other)
     if options.foreground:
-        with logging_to(options.log_file):
+        with logging_to(options.log_file, options.log_format):
             Supervisor(words, place, options, reference, directory).run(on_ready)
         return
     report = run_in_background(
@@ -345,7 +345,7 @@ def _background(
     try:
         # One log for supervisor and daemons, which goes with the mount unless it was asked for.
         file = options.log_file or log_path(runtime_directory(), place)
-        with logging_to(file):
+        with logging_to(file, options.log_format):
             supervisor = Supervisor(
                 [*words, "--log-file", str(file)], place, replace(options, log_file=file), reference, directory
             )
