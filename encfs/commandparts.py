@@ -321,17 +321,17 @@ def origin_document(origin: Origin) -> dict[str, object]:
 
 def list_artifact(
     terminal: Terminal,
-    reference: str,
-    path: str,
+    reference: ReferenceArgument,
+    path: PathArgument = "",
+    *,
     keys: KeyOptions,
     trust: TrustOptions,
-    registry: RegistryOptions,
-    *,
-    platform: str | None,
-    recursive: bool,
-    long: bool,
+    registry: CacheOptions,
+    recursive: RecursiveOption = False,
+    long: LongOption = False,
+    platform: PlatformOption = None,
 ) -> None:
-    """`ls` of both programs."""
+    """List what is in an artifact, without mounting it."""
     import os
 
     from encfs.browse import Listed, listing, open_image

@@ -1,32 +1,7 @@
-"""`imagetool ls`."""
+"""`imagetool ls`; both programs have the same."""
 
 from __future__ import annotations
 
-from encfs.commandparts import (
-    CacheOptions,
-    KeyOptions,
-    LongOption,
-    PathArgument,
-    PlatformOption,
-    RecursiveOption,
-    ReferenceArgument,
-    TrustOptions,
-    list_artifact,
-)
-from encfs.terminal import Terminal
+from encfs.commandparts import list_artifact as command
 
-
-def command(
-    terminal: Terminal,
-    reference: ReferenceArgument,
-    path: PathArgument = "",
-    *,
-    keys: KeyOptions,
-    trust: TrustOptions,
-    registry: CacheOptions,
-    recursive: RecursiveOption = False,
-    long: LongOption = False,
-    platform: PlatformOption = None,
-) -> None:
-    """List what is in an artifact, without mounting it."""
-    list_artifact(terminal, reference, path, keys, trust, registry, platform=platform, recursive=recursive, long=long)
+__all__ = ["command"]

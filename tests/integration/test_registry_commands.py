@@ -227,10 +227,54 @@ def test_killed_in_the_middle_goes_on(place: Path, server: DockerRegistry, proxy
     process.send_signal(signal.SIGKILL)
     process.wait(30)
     proxy.faults = []
+    before = moved(proxy, way)
     done = answer(place, way, *words, PLAIN)
     assert done["blobs_present"] >= 3
+    # What crossed the wire: the second time no more than what was missing, and the segment that was cut.
+    assert moved(proxy, way) - before <= done["size_copied"] + 8 * MIB
+    assert moved(proxy, way) <= sum(item["size"] for item in segments) + 2 * 8 * MIB
     assert done["size_copied"] <= sum(item["size"] for item in segments) - 3 * 8 * MIB + MIB
     run(place, "imagetool", "verify", words[1], *([PLAIN] if way == "push" else []), *TRUST)
+
+
+def moved(proxy: FaultProxy, way: str) -> int:
+    """Bytes of blobs that went through the proxy so far."""
+    if way == "pull":
+        return sum(item.sent for item in proxy.requests("^GET .*/blobs/"))
+    return sum(int(item.headers.get("content-length", 0)) for item in proxy.requests("^(PATCH|PUT) .*/blobs/"))
+
+
+@pytest.mark.root
+def test_encryption_to_a_registry_needs_room_for_three_segments(place: Path, server: DockerRegistry) -> None:
+    """40 MiB in segments of 8 MiB, on a disk of 28 MiB."""
+    spool = place / "spool"
+    spool.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=28m", "tmpfs", spool], check=True)
+    try:
+        environment = {**os.environ, "TMPDIR": str(spool)}
+        words = ["-r", "alice.jwk.pub", "--segment-size", "8MiB", PLAIN]
+        to = f"docker://{server.host}/spooled:v1"
+        encrypting = command("imagetool", "encrypt", "model", to, *words)
+        subprocess.run(encrypting, cwd=place, env=environment, check=True, stdout=subprocess.DEVNULL, timeout=120)
+        assert not list(spool.iterdir())
+    finally:
+        subprocess.run(["umount", spool], check=True)
+    assert len(answer(place, "inspect", to, PLAIN)["volumes"][0]["segments"]) >= 5
+
+
+def test_a_mirror_on_the_command_line(place: Path, server: DockerRegistry, proxy: FaultProxy, tmp_path: Path) -> None:
+    run(place, "imagetool", "push", "oci:store:v1", f"docker://{server.host}/mirrored:v1", PLAIN)
+    remote, mirror = f"docker://{server.host}/mirrored:v1", ["--mirror", f"http://{proxy.host}"]
+    assert run(place, "encfs", "cat", remote, "config.json", PLAIN, *OPEN, *mirror, "--cache-size", "0") == "{}\n"
+    assert proxy.requests("^GET .*/blobs/")
+    # All of its bytes are wrong from here on: nobody is told a wrong one.
+    proxy.faults = [Fault("^GET", times=-1, corrupt=0)]
+    pulled = answer(place, "pull", remote, f"oci:{tmp_path}/pulled:v1", PLAIN, *mirror)
+    assert run(place, "imagetool", "verify", f"oci:{tmp_path}/pulled:v1", *TRUST)
+    assert pulled["size_copied"] > 40 * MIB
+    refused = run(place, "encfs", "cat", remote, "config.json", *OPEN, "--mirror", "ftp://x", code=UsageError.exit_code)
+    assert "is no mirror" in refused
+    run(place, "imagetool", "verify", remote, PLAIN, *mirror, code=UsageError.exit_code)
 
 
 def test_wrong_bytes_are_refused_and_leave_no_tag(place: Path, server: DockerRegistry, proxy: FaultProxy) -> None:
