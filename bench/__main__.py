@@ -16,6 +16,7 @@ from bench.environment import FULL, QUICK, Scale, Workspace, describe_machine, d
 from bench.filesystem import measure_file, measure_tree
 from bench.kernel import measure_kernel
 from bench.mounting import measure_mounting
+from bench.ocicrypt import measure_ocicrypt
 from bench.report import draw, markdown_table, write_json
 from bench.results import Comparison
 from bench.running import measure_running
@@ -27,6 +28,7 @@ _SUITES: Mapping[str, Callable[[Workspace, Scale, KeyFiles], Iterator[Comparison
     "tree": measure_tree,
     "encrypt": measure_encryption,
     "encrypt-memory": measure_memory,
+    "ocicrypt": measure_ocicrypt,
     "mount": measure_mounting,
     "kernel": measure_kernel,
     "run": measure_running,

@@ -29,7 +29,7 @@ def measure_encryption(workspace: Workspace, scale: Scale, keys: KeyFiles) -> It
     directory.mkdir()
     source = directory / "file.bin"
     make_file(source, scale.file_size)
-    image = _make_image(directory / "image", source)
+    image = make_image(directory / "image", source)
     public_key = _make_rsa_key(directory / "skopeo.pem")
     age_recipient = _make_age_key(directory / "age.key")
     output = directory / "output"
@@ -40,8 +40,8 @@ def measure_encryption(workspace: Workspace, scale: Scale, keys: KeyFiles) -> It
     ]
     age = [tool("age"), "-r", age_recipient, "-o", str(output), str(source)]
     commands: Mapping[str, tuple[list[str], Callable[[Path], bool]]] = {
-        "ours": (encrypt_command(source, output, keys), lambda path: _largest_blob(path) >= min(size, 1 << 29)),
-        "skopeo": (skopeo, lambda path: size <= _largest_blob(path) < size * 1.01),
+        "ours": (encrypt_command(source, output, keys), lambda path: largest_blob(path) >= min(size, 1 << 29)),
+        "skopeo": (skopeo, lambda path: size <= largest_blob(path) < size * 1.01),
         "age": (age, lambda path: size <= path.stat().st_size < size * 1.01),
     }
     usages: dict[str, list[Usage]] = defaultdict(list)
@@ -119,11 +119,11 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _largest_blob(layout: Path) -> int:
+def largest_blob(layout: Path) -> int:
     return max(path.stat().st_size for path in (layout / "blobs" / "sha256").iterdir())
 
 
-def _make_image(layout: Path, source: Path) -> Path:
+def make_image(layout: Path, source: Path) -> Path:
     """An OCI image layout whose only layer is an uncompressed tar of `source`."""
     blobs = layout / "blobs" / "sha256"
     blobs.mkdir(parents=True)
@@ -134,7 +134,7 @@ def _make_image(layout: Path, source: Path) -> Path:
     layer_size = (layout / "layer.tar").stat().st_size
     (layout / "layer.tar").rename(blobs / layer_digest)
     layer = {"mediaType": _LAYER_TYPE, "digest": f"sha256:{layer_digest}", "size": layer_size}
-    config = _add_json(
+    config = add_json(
         blobs,
         "application/vnd.oci.image.config.v1+json",
         {
@@ -145,7 +145,7 @@ def _make_image(layout: Path, source: Path) -> Path:
         },
     )
     manifest_type = "application/vnd.oci.image.manifest.v1+json"
-    manifest = _add_json(
+    manifest = add_json(
         blobs, manifest_type, {"schemaVersion": 2, "mediaType": manifest_type, "config": config, "layers": [layer]}
     )
     manifest["annotations"] = {"org.opencontainers.image.ref.name": "bench"}
@@ -154,7 +154,7 @@ def _make_image(layout: Path, source: Path) -> Path:
     return layout
 
 
-def _add_json(blobs: Path, media_type: str, document: Mapping[str, object]) -> dict[str, object]:
+def add_json(blobs: Path, media_type: str, document: Mapping[str, object]) -> dict[str, object]:
     content = json.dumps(document).encode()
     digest = hashlib.sha256(content).hexdigest()
     (blobs / digest).write_bytes(content)

@@ -12,7 +12,8 @@ from encfs.oci.blobs import BlobSource, BlobTarget, Descriptor
 from encfs.progress import NoProgress
 from imagetool.ocicrypt import jwe
 from imagetool.ocicrypt.descriptions import describe
-from imagetool.ocicrypt.images import chosen_layers, is_encrypted
+from imagetool.ocicrypt.images import chosen_layers
+from imagetool.ocicrypt.layers import is_encrypted
 from imagetool.ocicrypt.options import Element, Encryption, parse_encryption, without_encryption
 from imagetool.ocicrypt.rewriting import ImageResult, Rewriter
 from imagetool.ocicrypt.schemes import Opener, Recipient, open_layer, wrapped_for

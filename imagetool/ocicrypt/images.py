@@ -7,9 +7,8 @@ The config and what is not named stay as they are, byte for byte. Not here: walk
 from __future__ import annotations
 
 import hashlib
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 
 from encfs.errors import ConflictError, IntegrityError, UnsupportedError, UsageError
@@ -18,24 +17,18 @@ from encfs.image.manifest import ImageManifest, Platform
 from encfs.image.mediatypes import LAYER_TYPES
 from encfs.keys.secrets import wipe
 from encfs.oci.blobs import BlobSource, BlobTarget, Descriptor
-from encfs.oci.files import storage_errors
-from encfs.oci.layout import Layout
 from encfs.progress import Progress
 from encfs.strictjson import show_name
-from imagetool.ocicrypt.cipher import CHUNK_SIZE, Encryptor, Tap, check_mac, decrypted, verified
+from imagetool.ocicrypt.cipher import CHUNK_SIZE, Encryptor, Tap, verified
+from imagetool.ocicrypt.layers import SUFFIX, OpenedLayer, is_encrypted, opened_layer, plain_chunks
 from imagetool.ocicrypt.options import (
     Encryption,
-    LayerKey,
     fresh_key,
-    parse_encryption,
     private_options,
     without_encryption,
 )
 from imagetool.ocicrypt.rewriting import ImageResult, Rewriter
-from imagetool.ocicrypt.schemes import Opener, Recipient, open_layer, wrapped_for
-
-#: Last part of an encrypted layer's media type.
-SUFFIX = "+encrypted"
+from imagetool.ocicrypt.schemes import Opener, Recipient, wrapped_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +40,6 @@ class DecryptOptions:
 
     maximum: int | None = None
     spool_directory: str | None = None
-
-
-def is_encrypted(layer: Descriptor) -> bool:
-    return layer.media_type.endswith(SUFFIX)
 
 
 def chosen_layers(manifest: ImageManifest, numbers: Sequence[int]) -> list[int]:
@@ -121,7 +110,7 @@ def decrypt_image(
             jobs = {}
             for index in _encrypted_layers(manifest, layers):
                 diff_id = config.diff_ids[index] if config is not None else None
-                jobs[index] = _decryption(manifest.layers[index], index, openers, diff_id)
+                jobs[index] = opened_layer(manifest.layers[index], index, openers, diff_id)
                 secrets.callback(jobs[index].key.wipe)
             return [
                 _decrypt_layer(rewriter, jobs[index], options) if index in jobs else layer
@@ -129,19 +118,6 @@ def decrypt_image(
             ]
 
     return rewriter.run(rewrite, tag=tag, platforms=platforms)
-
-
-@dataclass(frozen=True, slots=True)
-class _Decryption:
-    """One layer, opened. `diff_id` is None where the manifest is of no image, and so says nothing of its layers."""
-
-    blob: Descriptor
-    what: str
-    key: LayerKey
-    encryption: Encryption
-    media_type: str
-    compression: Compression
-    diff_id: str | None
 
 
 def _check_encryptable(layer: Descriptor, what: str) -> None:
@@ -166,8 +142,10 @@ def _encrypt_layer(rewriter: Rewriter, layer: Descriptor, recipients: Sequence[R
         elements = tuple(wrapped_for(recipients, options))
         with rewriter.new_layer() as new:
             stream = rewriter.source.stream_blob(layer, chunk_size=CHUNK_SIZE, verify=False)
-            for chunk in verified(_watched(stream, "encrypt", layer, rewriter.progress), layer, what):
+            rewriter.progress.begin("encrypt", layer.size)
+            for chunk in verified(stream, layer, what):
                 new.write(encryptor.update(chunk))
+                rewriter.progress.advance(len(chunk))
             encryption = Encryption(encryptor.finish(), elements)
             written = new.commit(LAYER_TYPES[layer.media_type].oci + SUFFIX)
     finally:
@@ -187,102 +165,41 @@ def _encrypted_layers(manifest: ImageManifest, numbers: Sequence[int]) -> list[i
     return encrypted
 
 
-def _decryption(layer: Descriptor, index: int, openers: Sequence[Opener], diff_id: str | None) -> _Decryption:
-    what = f"layer {index}"
-    media_type = layer.media_type.removesuffix(SUFFIX)
-    known = LAYER_TYPES.get(media_type)
-    if known is None and diff_id is not None:
-        raise UnsupportedError(
-            f"{what} is of the type {show_name(media_type)}, which cannot be checked: no tar archive"
-        )
-    encryption = parse_encryption(layer.annotations, what)
-    key, options = open_layer(encryption, openers, what)
-    wipe(options)
-    compression = known.compression if known is not None else Compression.NONE
-    return _Decryption(
-        layer, what, key, encryption, known.oci if known is not None else media_type, compression, diff_id
-    )
-
-
-def _decrypt_layer(rewriter: Rewriter, job: _Decryption, options: DecryptOptions) -> Descriptor:
-    with _read_twice(rewriter.source, job.blob, options.spool_directory) as (read, again), rewriter.new_layer() as new:
-        checking = _watched(read(), "check", job.blob, rewriter.progress)
-        fingerprint = check_mac(checking, job.key, job.encryption.mac, job.what)
-        content = _content_tap(job, options)
-        try:
-            chunks = _watched(again(), "decrypt", job.blob, rewriter.progress)
-            for chunk in decrypted(chunks, job.key, fingerprint, job.what):
+def _decrypt_layer(rewriter: Rewriter, layer: OpenedLayer, options: DecryptOptions) -> Descriptor:
+    content = _content_tap(layer, options)
+    chunks = plain_chunks(rewriter.source, layer, options.spool_directory, rewriter.progress)
+    try:
+        with closing(chunks), rewriter.new_layer() as new:
+            for chunk in chunks:
                 new.write(chunk)
                 if content is not None:
                     content.feed(chunk)
-            _check_content(job, content.finish() if content is not None else new.digest())
-        finally:
-            if content is not None:
-                content.abandon()
-        written = new.commit(job.media_type)
-    return replace(written, annotations=without_encryption(job.blob.annotations))
+            _check_content(layer, content.finish() if content is not None else new.digest())
+            written = new.commit(layer.media_type)
+    finally:
+        if content is not None:
+            content.abandon()
+    return replace(written, annotations=without_encryption(layer.blob.annotations))
 
 
-def _content_tap(job: _Decryption, options: DecryptOptions) -> Tap[str] | None:
+def _content_tap(layer: OpenedLayer, options: DecryptOptions) -> Tap[str] | None:
     """A thread that computes the digest of the decompressed layer; None where that is the layer itself."""
-    if job.diff_id is None or job.compression is Compression.NONE:
+    if layer.diff_id is None or layer.compression is Compression.NONE:
         return None
-    limit = allowed_size(job.blob.size, options.maximum)
+    limit = allowed_size(layer.blob.size, options.maximum)
 
     def run(chunks: Iterator[bytes]) -> str:
         digest = hashlib.sha256()
-        for piece in decompressed(chunks, job.compression, limit=limit, what=job.what):
+        for piece in decompressed(chunks, layer.compression, limit=limit, what=layer.what):
             digest.update(piece)
         return f"sha256:{digest.hexdigest()}"
 
     return Tap(run, "content")
 
 
-def _check_content(job: _Decryption, digest: str) -> None:
-    if job.diff_id not in (None, digest):
+def _check_content(layer: OpenedLayer, digest: str) -> None:
+    if layer.diff_id not in (None, digest):
         raise IntegrityError(
-            f"{job.what} is not the one that the image's config names: its diff ID is {digest}, not {job.diff_id}",
+            f"{layer.what} is not the one that the image's config names: its diff ID is {digest}, not {layer.diff_id}",
             hint="layers or configs of several images may have been mixed; ask who made the image",
         )
-
-
-def _watched(chunks: Iterable[bytes], label: str, blob: Descriptor, progress: Progress) -> Iterator[bytes]:
-    progress.begin(label, blob.size)
-    for chunk in chunks:
-        yield chunk
-        progress.advance(len(chunk))
-
-
-_Reading = Callable[[], Iterator[bytes]]
-
-
-@contextmanager
-def _read_twice(source: BlobSource, blob: Descriptor, spool: str | None) -> Iterator[tuple[_Reading, _Reading]]:
-    """Two functions that stream the blob, to be called in this order; its digest is not verified.
-
-    What comes from a registry is kept in a file without a name meanwhile, as the ciphertext that it is.
-    """
-    if isinstance(source, Layout):
-
-        def stream() -> Iterator[bytes]:
-            return source.stream_blob(blob, chunk_size=CHUNK_SIZE, verify=False)
-
-        yield stream, stream
-        return
-    with storage_errors(spool or tempfile.gettempdir()):
-        file = tempfile.TemporaryFile(dir=spool)  # noqa: SIM115 -- closed below
-
-    def fetch() -> Iterator[bytes]:
-        for chunk in source.stream_blob(blob, chunk_size=CHUNK_SIZE, verify=False):
-            with storage_errors("the file for a layer on its way"):
-                file.write(chunk)
-            yield chunk
-
-    def read_back() -> Iterator[bytes]:
-        with storage_errors("the file for a layer on its way"):
-            file.seek(0)
-            while chunk := file.read(CHUNK_SIZE):
-                yield chunk
-
-    with file:
-        yield fetch, read_back

@@ -28,9 +28,10 @@ from encfs.errors import (
 from encfs.image.compression import Compression
 from encfs.image.manifest import CONFIG_TYPE, INDEX_TYPE
 from encfs.oci.layout import Layout
-from imagetool.ocicrypt import images, options
+from imagetool.ocicrypt import layers, options
 from imagetool.ocicrypt.images import DecryptOptions
 from imagetool.ocicrypt.options import Element, Encryption, LayerKey, fresh_key, private_options
+from imagetool.ocicrypt.schemes import open_layer
 from tests.support.container_images import (
     KeyPair,
     Store,
@@ -132,7 +133,7 @@ def test_no_plaintext_comes_before_the_mac_is_checked(
 ) -> None:
     """Both layers of cipher and sink are watched: with a wrong MAC nothing is decrypted at all."""
     started: list[object] = []
-    monkeypatch.setattr(images, "decrypted", lambda *arguments: started.append(arguments) or iter(()))
+    monkeypatch.setattr(layers, "decrypted", lambda *arguments: started.append(arguments) or iter(()))
     reference = store.change("good", annotated(PUBLIC, public()))
     refused(store, reference, key, IntegrityError, "HMAC is wrong")
     assert started == []
@@ -143,7 +144,7 @@ def test_a_file_that_changes_between_the_check_and_the_use(
 ) -> None:
     layer = store.manifest("good").layers[0]
     path = store.path / "blobs" / layer.digest.replace(":", "/")
-    check = images.check_mac
+    check = layers.check_mac
 
     def check_and_change(*arguments: Any) -> bytes:
         checked = check(*arguments)
@@ -152,7 +153,7 @@ def test_a_file_that_changes_between_the_check_and_the_use(
         path.write_bytes(content)
         return checked
 
-    monkeypatch.setattr(images, "check_mac", check_and_change)
+    monkeypatch.setattr(layers, "check_mac", check_and_change)
     refused(store, store.reference("good"), key, IntegrityError, "layer 0 changed while it was read")
 
 
@@ -276,7 +277,7 @@ def test_malformed_private_options(change: dict[str, object], problem: str) -> N
     document = json.loads(private_options(fresh_key(), "sha256:00"))
     opener = _Plain(json.dumps(document | change).encode())
     with pytest.raises(FormatError, match=problem):
-        images.open_layer(Encryption(bytes(32), (Element("plain", b""),)), [opener], "layer 0")  # type: ignore[list-item]
+        open_layer(Encryption(bytes(32), (Element("plain", b""),)), [opener], "layer 0")  # type: ignore[list-item]
 
 
 def test_keys_are_in_no_repr() -> None:
@@ -359,7 +360,7 @@ def test_a_huge_manifest(store: Store, key: KeyPair) -> None:
 
 def test_what_cannot_be_encrypted_again_or_at_all(store: Store, key: KeyPair, tmp_path: Path) -> None:
     target = Store(tmp_path / "target")
-    for reference, error, problem, layers in (
+    for reference, error, problem, chosen in (
         (store.reference("good"), ConflictError, "layer 0 is encrypted already", []),
         (store.reference("plain"), UsageError, "no layer 2", [2]),
         (store.reference("plain"), UsageError, "no layer -3", [-3]),
@@ -371,7 +372,7 @@ def test_what_cannot_be_encrypted_again_or_at_all(store: Store, key: KeyPair, tm
         ),
     ):
         with pytest.raises(error, match=problem):
-            run_encrypt(reference, target.reference("x"), [key.public], layers=layers)
+            run_encrypt(reference, target.reference("x"), [key.public], layers=chosen)
     assert target.tags() == []
     refused(store, store.reference("plain"), key, ConflictError, "no layer of the image is encrypted")
 
