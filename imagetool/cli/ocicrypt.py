@@ -116,7 +116,7 @@ def encrypt(
     """Encrypt the layers of a container image. Its config and the names in its manifest stay readable."""
     from imagetool.ocicrypt.images import encrypt_image
 
-    with _recipients(recipients or (), kek) as added, _copy(terminal, source, destination, registry) as copy:
+    with opened_recipients(recipients or (), kek) as added, _copy(terminal, source, destination, registry) as copy:
         result = encrypt_image(
             copy.source,
             copy.sink,
@@ -151,7 +151,7 @@ def decrypt(
     from imagetool.ocicrypt.images import DecryptOptions, decrypt_image
 
     options = DecryptOptions(maximum, registry.store().spool)
-    with _openers(keys or ()) as openers, _copy(terminal, source, destination, registry) as copy:
+    with opened_keys(keys or ()) as openers, _copy(terminal, source, destination, registry) as copy:
         result = decrypt_image(
             copy.source,
             copy.sink,
@@ -247,8 +247,8 @@ def add(
     from imagetool.ocicrypt.edit import add_recipients
 
     with (
-        _recipients(recipients or (), kek) as added,
-        _openers(keys or ()) as openers,
+        opened_recipients(recipients or (), kek) as added,
+        opened_keys(keys or ()) as openers,
         edited(reference, registry) as image,
     ):
         result = add_recipients(image.source, image.sink, openers, added, tag=image.tag, layers=layers or ())
@@ -287,7 +287,7 @@ def _platforms(texts: Sequence[str] | None) -> list[Platform]:
 
 
 @contextmanager
-def _recipients(texts: Sequence[str], kek: str | None) -> Iterator[list[Recipient]]:
+def opened_recipients(texts: Sequence[str], kek: str | None) -> Iterator[list[Recipient]]:
     from imagetool.ocicrypt.keys import parse_recipient
 
     if not texts:
@@ -297,7 +297,7 @@ def _recipients(texts: Sequence[str], kek: str | None) -> Iterator[list[Recipien
 
 
 @contextmanager
-def _openers(texts: Sequence[str]) -> Iterator[list[Opener]]:
+def opened_keys(texts: Sequence[str]) -> Iterator[list[Opener]]:
     from imagetool.ocicrypt.keys import parse_opener
 
     if not texts:

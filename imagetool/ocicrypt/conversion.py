@@ -9,16 +9,41 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from encfs.errors import ConflictError
+from encfs.errors import ConflictError, FormatError
+from encfs.format.descriptor import CONTENT_TYPE
 from encfs.image.config import MAX_CONFIG_SIZE, parse_image_config
-from encfs.image.manifest import CONFIG_TYPES, INDEX_TYPES, ImageManifest, parse_image_manifest
+from encfs.image.manifest import (
+    CONFIG_TYPES,
+    INDEX_TYPES,
+    ImageManifest,
+    chosen_entries,
+    parse_image_index,
+    parse_image_manifest,
+)
 from encfs.keys.secrets import wipe
-from encfs.oci.blobs import Blob, BlobSource, BlobTarget, BlobWriter, Buffer, Descriptor, RawManifest
+from encfs.oci.blobs import MAX_MANIFEST_SIZE, Blob, BlobSource, BlobTarget, BlobWriter, Buffer, Descriptor, RawManifest
 from encfs.progress import NoProgress
+from encfs.strictjson import loads_object
 from imagetool.ocicrypt.cipher import Encryptor
 from imagetool.ocicrypt.layers import SUFFIX, OpenedLayer, is_encrypted, opened_layer, plain_chunks
 from imagetool.ocicrypt.options import Encryption, fresh_key, private_options, without_encryption
 from imagetool.ocicrypt.schemes import Opener, Recipient, wrapped_for
+
+
+def is_artifact(source: BlobSource) -> bool:
+    """Whether the source's reference names this project's artifact, or an index of such; else it may be an image.
+
+    Only a look: whoever reads it finds out. Raises: FormatError, what the source raises.
+    """
+    raw = source.document()
+    if raw.media_type in INDEX_TYPES:
+        entries = chosen_entries(parse_image_index(raw.content, raw.media_type), ())
+        if not entries:
+            raise FormatError("the image index names no image")
+        raw = source.document(entries[0].descriptor.digest)
+    document = loads_object(raw.content, limit=MAX_MANIFEST_SIZE, what="the manifest")
+    config = document.get("config")
+    return isinstance(config, dict) and config.get("mediaType") == CONTENT_TYPE
 
 
 class DecryptingSource:
@@ -103,7 +128,12 @@ class EncryptingSink:
         self._encryptions: dict[str, Encryption] = {}
 
     def create_blob(self) -> BlobWriter:
-        return _EncryptingWriter(self._target.create_blob(), self._recipients, self._encryptions)
+        writer = self._target.create_blob()
+        try:
+            return _EncryptingWriter(writer, self._recipients, self._encryptions)
+        except BaseException:
+            writer.abort()
+            raise
 
     def write_blob(self, content: bytes, media_type: str) -> Descriptor:
         return self._target.write_blob(content, media_type)
@@ -149,9 +179,15 @@ class _EncryptingWriter:
 
     def __init__(self, writer: BlobWriter, recipients: Sequence[Recipient], encryptions: dict[str, Encryption]) -> None:
         self._writer = writer
-        self._recipients = recipients
         self._encryptions = encryptions
         self._key = fresh_key()
+        # Others put the plain layer's digest in there; nothing follows from it, and it is not known yet.
+        options = private_options(self._key, "")
+        try:
+            # Recipients first: one that cannot be reached should not be found out about after the layer.
+            self._elements = tuple(wrapped_for(recipients, options))
+        finally:
+            wipe(options)
         self._encryptor = Encryptor(self._key)
 
     def write(self, data: Buffer) -> None:
@@ -161,15 +197,9 @@ class _EncryptingWriter:
         return self._writer.digest()
 
     def commit(self, media_type: str) -> Descriptor:
-        # Others put the plain layer's digest in there; nothing follows from it, and Go's library gives none either.
-        options = private_options(self._key, "")
-        try:
-            elements = tuple(wrapped_for(self._recipients, options))
-        finally:
-            wipe(options)
         mac = self._encryptor.finish()
         written = self._writer.commit(media_type + SUFFIX)
-        self._encryptions[written.digest] = Encryption(mac, elements)
+        self._encryptions[written.digest] = Encryption(mac, self._elements)
         return written
 
     def abort(self) -> None:
