@@ -8,6 +8,7 @@ from encfs import commandline
 from imagetool.cli import (
     attest,
     broker,
+    convert,
     copy,
     decrypt,
     encrypt,
@@ -29,7 +30,7 @@ app = commandline.application(PROGRAM, "Make, check and manage encrypted artifac
 for _module in (keygen, encrypt, decrypt, inspect, ls, verify):
     commandline.add_module(app, _module)
 app.add_typer(recipients.app)
-for _module in (sign, copy, push, pull, release):
+for _module in (sign, copy, push, pull, release, convert):
     commandline.add_module(app, _module)
 app.add_typer(ocicrypt.app)
 app.add_typer(attest.app)
