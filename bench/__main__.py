@@ -17,6 +17,7 @@ from bench.filesystem import measure_file, measure_tree
 from bench.kernel import measure_kernel
 from bench.mounting import measure_mounting
 from bench.ocicrypt import measure_ocicrypt
+from bench.remote import measure_copy, measure_read, measure_start
 from bench.report import draw, markdown_table, write_json
 from bench.results import Comparison
 from bench.running import measure_running
@@ -30,6 +31,9 @@ _SUITES: Mapping[str, Callable[[Workspace, Scale, KeyFiles], Iterator[Comparison
     "encrypt-memory": measure_memory,
     "ocicrypt": measure_ocicrypt,
     "mount": measure_mounting,
+    "registry-start": measure_start,
+    "registry-read": measure_read,
+    "registry-copy": measure_copy,
     "kernel": measure_kernel,
     "run": measure_running,
     "tpm": measure_sealed,

@@ -93,7 +93,7 @@ class Ours:
     @contextlib.contextmanager
     def mounted(self) -> Iterator[Mounted]:
         options = ["--foreground", *self.mount_options]
-        with _foreground(lambda target: mount_command(self.stored, target, self.keys, options)) as mounted:
+        with foreground(lambda target: mount_command(self.stored, target, self.keys, options)) as mounted:
             yield mounted
 
 
@@ -122,7 +122,7 @@ class Gocryptfs:
     @contextlib.contextmanager
     def mounted(self) -> Iterator[Mounted]:
         program = [tool("gocryptfs"), "-q", "-fg", "-passfile", str(self.password_file), str(self.stored)]
-        with _foreground(lambda target: [*program, str(target)]) as mounted:
+        with foreground(lambda target: [*program, str(target)]) as mounted:
             yield mounted
 
 
@@ -131,7 +131,7 @@ class _Start(Protocol):
 
 
 @contextlib.contextmanager
-def _foreground(command: _Start) -> Iterator[Mounted]:
+def foreground(command: _Start) -> Iterator[Mounted]:
     """Start a daemon in the foreground, wait until its mount answers, and leave nothing behind."""
     target = Path(tempfile.mkdtemp(prefix="encfs-bench-mount-"))
     try:

@@ -31,10 +31,11 @@ class Scale:
     sparse_size: int
     large_artifact: int
     image_size: int
+    remote_artifacts: tuple[int, ...]
 
 
-FULL = Scale(5, 1 << 30, 16384, 10_000, 200_000, 1 << 40, 100 * 10**9, 300 * 10**6)
-QUICK = Scale(1, 64 << 20, 1024, 500, 2_000, 16 << 30, 10 * 10**9, 30 * 10**6)
+FULL = Scale(5, 1 << 30, 16384, 10_000, 200_000, 1 << 40, 100 * 10**9, 300 * 10**6, (100 * 10**6, 10 * 10**9, 10**12))
+QUICK = Scale(1, 64 << 20, 1024, 500, 2_000, 16 << 30, 10 * 10**9, 30 * 10**6, (100 * 10**6, 10 * 10**9))
 
 
 @dataclass(frozen=True, slots=True)

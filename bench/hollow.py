@@ -35,6 +35,10 @@ from encfs.keys.payload import VolumeSecret, build_payload, commitment
 from encfs.oci.layout import Layout
 
 _ROOM = 4 << 20
+#: Bytes of metadata that `ErofsReader` reads in one piece.
+_WINDOW = 64 << 10
+#: The one file that can be read, where it is asked for; it lies behind all others.
+PROBE_NAME, PROBE_SIZE, PROBE_BYTE = "probe", 256 << 10, b"p"
 
 
 class _HollowData:
@@ -48,6 +52,19 @@ class _HollowData:
         size = min(len(buffer), self._left)
         self._left -= size
         self._image.hollow = True
+        return size
+
+
+class _RealData:
+    """File contents that are sealed for real."""
+
+    def __init__(self, size: int) -> None:
+        self._left = size
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        size = min(len(buffer), self._left)
+        self._left -= size
+        buffer[:size] = PROBE_BYTE * size
         return size
 
 
@@ -79,19 +96,32 @@ class _Image:
             self.position += len(part)
             view = view[len(part) :]
 
+    def complete(self) -> None:
+        """Have whole windows of metadata, as the reader asks for them: what is not metadata in them is zeros."""
+        step = _WINDOW // DEFAULT_FRAME_SIZE
+        for index in list(self.frames):
+            for neighbour in range(index // step * step, index // step * step + step):
+                self.frames.setdefault(neighbour, bytearray(DEFAULT_FRAME_SIZE))
+
     def set_head(self, data: bytes) -> None:
         self.frames[0][: len(data)] = data
 
 
-def make_hollow_artifact(path: Path, size: int, files: int, public_key: Path) -> None:
-    """A layout at `path`, tag `bench`, with `files` files that make up `size` bytes; segments are sparse files."""
+def make_hollow_artifact(path: Path, size: int, files: int, public_key: Path, *, probe: bool = False) -> None:
+    """A layout at `path`, tag `bench`, with `files` files that make up `size` bytes; segments are sparse files.
+
+    `probe` adds a file that can be read.
+    """
     image = _Image()
     with ErofsWriter(image, uuid=bytes(16)) as writer:
         writer.add(Entry(b"", stat.S_IFDIR | 0o755))
         for number in range(files):
             entry = Entry(b"part-%06d" % number, stat.S_IFREG | 0o644, size=size // files)
             writer.add(entry, _HollowData(image, entry.size))
+        if probe:
+            writer.add(Entry(PROBE_NAME.encode(), stat.S_IFREG | 0o644, size=PROBE_SIZE), _RealData(PROBE_SIZE))
         writer.finish()
+    image.complete()
     layout = Layout(path, create=True)
     try:
         volume, secret = _write_volume(image, layout, path / "blobs" / "sha256")

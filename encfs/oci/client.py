@@ -12,10 +12,9 @@ from collections.abc import Mapping
 from json import dumps
 from urllib.parse import urlsplit
 
-import oras.container
-import oras.provider
 import requests
 
+from encfs.deferred import defer_import
 from encfs.errors import AuthenticationError, EncfsError, TransportError
 from encfs.oci.authentication import Authenticator, purpose_of
 from encfs.oci.counters import TransferCounters
@@ -34,6 +33,12 @@ from encfs.oci.http import (
 from encfs.oci.options import StoreOptions
 from encfs.oci.reference import DEFAULT_REGISTRY
 from encfs.oci.retry import Patience
+
+# oras checks uploads of its own making with it, which are none of ours; it takes longer to load than all the rest.
+defer_import("jsonschema")
+
+import oras.container  # noqa: E402
+import oras.provider  # noqa: E402
 
 log = logging.getLogger(__name__)
 

@@ -27,11 +27,13 @@ from encfs.oci.remote import RangeBlob
 
 #: Bytes that are kept ahead of a reader: at first, and at most.
 _FIRST_WINDOW = 512 << 10
-_LARGEST_WINDOW = 8 << 20
+_LARGEST_WINDOW = 16 << 20
 #: Bytes of one request that reads ahead: at most, so that several connections share a window.
-_AHEAD_REQUEST = 2 << 20
+_AHEAD_REQUEST = 8 << 20
 #: How far from the end of the last read (bytes) the next one counts as going on from there.
 _SLACK = 64 << 10
+#: How far behind that (bytes) a read still belongs to the same reader: the kernel asks for several pieces at a time.
+_BEHIND = 2 << 20
 #: Readers of one blob that are told apart.
 _STREAMS = 8
 #: Bytes in memory of all blobs of a store: read ahead and not yet read, or not taken by the cache.
@@ -468,8 +470,8 @@ class FetchingBlob:
                 stream.window = min(max(_FIRST_WINDOW, stream.window * 2, size * 2), _LARGEST_WINDOW)
                 self._streams.append(self._streams.pop(number))
                 return stream
-            if stream.position - _AHEAD_REQUEST <= offset and end <= stream.position and stream.window:
-                return None  # the kernel asks for several pieces at a time, in any order
+            if stream.position - _BEHIND <= offset and end <= stream.position and stream.window:
+                return None
         self._streams.append(_Stream(end))
         del self._streams[:-_STREAMS]
         return None
