@@ -30,7 +30,7 @@ _FIRST_TENSOR = 1 << 20
 
 @contextlib.contextmanager
 def _mounted(port: int, repository: str, directory: Path, keys: KeyFiles) -> Iterator[Mounted]:
-    """`encfs mount` with an empty cache, in the foreground: a daemon of its own session is not scheduled with the run."""
+    """`encfs mount` with an empty cache, in the foreground: daemons have sessions, and priorities, of their own."""
     cache = directory / "cache"
     shutil.rmtree(cache, ignore_errors=True)
     reference = f"docker://127.0.0.1:{port}/{repository}:bench"
