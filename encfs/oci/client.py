@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import requests
 
-from encfs.deferred import defer_import
+from encfs.deferred import deferred
 from encfs.errors import AuthenticationError, EncfsError, TransportError
 from encfs.oci.authentication import Authenticator, purpose_of
 from encfs.oci.counters import TransferCounters
@@ -34,11 +34,10 @@ from encfs.oci.options import StoreOptions
 from encfs.oci.reference import DEFAULT_REGISTRY
 from encfs.oci.retry import Patience
 
-# oras checks uploads of its own making with it, which are none of ours; it takes longer to load than all the rest.
-defer_import("jsonschema")
-
-import oras.container  # noqa: E402
-import oras.provider  # noqa: E402
+# oras checks with it what it uploads by itself, which we never ask for; it takes longer to load than the rest of oras.
+with deferred("jsonschema"):
+    import oras.container
+    import oras.provider
 
 log = logging.getLogger(__name__)
 
