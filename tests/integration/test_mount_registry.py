@@ -374,7 +374,7 @@ def test_what_passes_is_not_noticed(proxy: FaultProxy, tmp_path: Path, keys: Key
 def test_what_lasts_is_eio_in_time_and_passes_with_its_cause(proxy: FaultProxy, tmp_path: Path, keys: Keys) -> None:
     """And what is at hand is served meanwhile."""
     with mounted(tmp_path, proxy.host, keys) as mount:
-        assert mount.read("a") == FILES["a"]
+        assert mount.read("a", MIB, 4096) == FILES["a"][MIB : MIB + 4096]
         kept = mount.open("a")
         try:
             for number, (name, faults) in enumerate(LASTING.items()):
