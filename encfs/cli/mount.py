@@ -184,7 +184,13 @@ def command(
         companion = companion_for(artifact, selection, rate=prefetch_rate)
         parts = image_parts(artifact, chosen_platform(platform))
         mount(
-            choose_shape(parts.volumes, options, layered=parts.layered, proven=artifact.origin.proven),
+            choose_shape(
+                parts.volumes,
+                options,
+                layered=parts.layered,
+                proven=artifact.origin.proven,
+                handed_over=handover is not None,
+            ),
             directory or (handover.mountpoint if handover is not None else "") or f"/dev/fd/{fuse_fd}",
             options,
             reference=reference,

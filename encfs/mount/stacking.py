@@ -40,13 +40,20 @@ class Shape:
 
 
 def choose_shape(
-    volumes: Sequence[Volume], options: MountOptions, *, layered: bool = False, proven: bool = True
+    volumes: Sequence[Volume],
+    options: MountOptions,
+    *,
+    layered: bool = False,
+    proven: bool = True,
+    handed_over: bool = False,
 ) -> Shape:
     """`layered`: the volumes follow overlayfs's conventions; `proven`: the artifact's origin was accepted.
 
+    `handed_over`: somebody else made the FUSE mount, so that nothing can be made of it.
+
     Raises: UsageError, UnsupportedError; MountError where what is asked for needs privileges that are missing.
     """
-    privileged = may_mount()
+    privileged = may_mount() and not handed_over
     backend = _backend(options, privileged=privileged, proven=proven)
     if (options.suid or options.dev) and os.geteuid() != 0:
         raise UsageError("--suid and --dev are for root", hint="leave them out")

@@ -274,6 +274,18 @@ def test_writes_stay_in_memory_or_where_they_are_told_to(place: Place, backend: 
             place.stop(status["pid"])
 
 
+def test_a_supervised_image_is_the_merged_tree(place: Place) -> None:
+    """A FUSE connection that is handed over is the mount itself."""
+    status = place.start("odd", "--supervise")
+    mount = top_mount(str(place.mount))
+    assert mount is not None
+    assert mount.filesystem_type == "fuse.encfs"
+    assert (place.mount / "d" / "top").read_text() == "top"
+    assert len(list((place.mount / "many").iterdir())) == 1499
+    place.run("umount", str(place.mount))
+    place.assert_nothing_is_left(status["pid"])
+
+
 @pytest.mark.parametrize("options", [[], ["--backend", "erofs"], ["--writable"], ["--writable", "--backend", "erofs"]])
 def test_what_a_killed_daemon_leaves_is_recovered(place: Place, options: list[str]) -> None:
     status = place.start("odd", *options)
