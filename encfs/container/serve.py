@@ -59,8 +59,9 @@ def serve(
 
 
 async def _run(process: ContainerProcess, spec: Spec, stop_signal: int) -> Outcome:
+    running = trio.Event()
     async with trio.open_nursery() as nursery:
-        await nursery.start(_pass_signals_on, process, stop_signal)
+        await nursery.start(_pass_signals_on, process, running, stop_signal)
         nursery.start_soon(_answer)
         channels.send(process.channel, spec.to_json())
         gc.collect()
@@ -68,6 +69,7 @@ async def _run(process: ContainerProcess, spec: Spec, stop_signal: int) -> Outco
         await trio.lowlevel.wait_readable(process.channel)
         # The end of the channel: the command runs.
         content, _ = channels.receive(process.channel)
+        running.set()
         watched = os.pidfd_open(process.pid)
         try:
             await trio.lowlevel.wait_readable(watched)
@@ -82,11 +84,16 @@ async def _answer() -> None:
     await pyfuse3.main(max_tasks=_MAX_TASKS)
 
 
-async def _pass_signals_on(process: ContainerProcess, stop_signal: int, *, task_status: trio.TaskStatus[None]) -> None:
+async def _pass_signals_on(
+    process: ContainerProcess, running: trio.Event, stop_signal: int, *, task_status: trio.TaskStatus[None]
+) -> None:
     with trio.open_signal_receiver(*_PASSED_ON) as signals:
         task_status.started()
         async for number in signals:
-            if number not in _FROM_TERMINAL or not _in_foreground():
+            if not running.is_set():
+                # There is no command yet that could take it: what waits for a store, perhaps, is given up.
+                process.signal(signal.SIGKILL)
+            elif number not in _FROM_TERMINAL or not _in_foreground():
                 process.signal(stop_signal if number == signal.SIGTERM else number)
 
 
