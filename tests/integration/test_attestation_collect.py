@@ -214,6 +214,12 @@ def test_requests_that_cannot_be(nowhere: Machine, tmp_path: Path) -> None:
     refused(UsageError, "encfs", "attest", "collect", "--tee", "sample", "--report-data", "00" * 65)
 
 
+def test_a_machine_of_azure_that_is_not_confidential(nowhere: Machine, tpm: SoftwareTpm, tmp_path: Path) -> None:
+    (tmp_path / "chassis").write_text("7783-7084-3265-9085-8269-3286-77\n")
+    with pytest.raises(AttestationError, match="does not hold the report of an Azure confidential VM"):
+        evidence_source(machine=nowhere)
+
+
 def test_what_providers_say(nowhere: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TPM2TOOLS_TCTI", f"device:{tmp_path}/none")
     assert "no TEE and no TPM: " in str(unavailable(nowhere))

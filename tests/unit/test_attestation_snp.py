@@ -7,12 +7,15 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from encfs.attestation.evidence import Endorsements, Evidence, EvidenceKind
 from encfs.attestation.kbs import digest_of_json, from_kbs_evidence, to_kbs_evidence
 from encfs.attestation.policy import EvidencePolicy, SnpTcbFloor
 from encfs.attestation.verdict import Verdict
 from encfs.attestation.verify import recognise, verify_evidence
+from encfs.errors import FormatError
 
 EVIDENCE = Path(__file__).parents[2] / "fixtures" / "evidence"
 NOW = datetime(2025, 6, 20, tzinfo=UTC)
@@ -108,3 +111,17 @@ def test_what_a_policy_asks_must_hold() -> None:
 
 def test_recognised() -> None:
     assert recognise(REPORT) is EvidenceKind.SNP
+
+
+@settings(max_examples=200, deadline=None)
+@given(offset=st.integers(0, 0x2A0 - 1), bit=st.integers(0, 7))
+def test_every_signed_bit_counts(offset: int, bit: int) -> None:
+    changed = bytearray(REPORT)
+    changed[offset] ^= 1 << bit
+    try:
+        verdict = judge(bytes(changed), VCEK)
+    except FormatError:
+        return
+    assert not verdict.accepted
+    # Of a version, algorithm or key that is not known the signature is not looked at.
+    assert {"signature", "unsupported", "algorithm", "missing"} & set(verdict.codes)

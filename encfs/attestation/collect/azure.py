@@ -37,6 +37,9 @@ def is_azure(chassis: Path = _CHASSIS) -> bool:
 
 def provided_kind() -> EvidenceKind:
     """Whether the paravisor's report is of SNP or TDX. Raises: KeyProviderError where there is no such report."""
+    from encfs.tpm.availability import require_library
+
+    require_library()
     from encfs.tpm.quote import read_azure_report
 
     return _parsed(read_azure_report()).kind

@@ -16,7 +16,7 @@ from encfs.attestation.collect import gramine, sev_guest, tsm
 from encfs.attestation.collect.sev_guest import Ioctl
 from encfs.attestation.evidence import Evidence, EvidenceKind
 from encfs.attestation.kbs import TEE_NAMES
-from encfs.errors import AttestationError, KeyFileError
+from encfs.errors import AttestationError, KeyFileError, KeyProviderError
 from encfs.webclient import Address
 
 AUTOMATIC = "auto"
@@ -126,7 +126,10 @@ def _look_for_azure(machine: Machine) -> EvidenceKind | str:
 
     if not azure.is_azure(machine.chassis):
         return "this is no virtual machine of Azure's"
-    return azure.provided_kind()
+    try:
+        return azure.provided_kind()
+    except KeyProviderError as error:
+        return error.message
 
 
 _AUTOMATIC: tuple[Callable[[Machine], EvidenceKind | str], ...] = (

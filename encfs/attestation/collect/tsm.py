@@ -7,6 +7,7 @@ A request is a directory that is made, written to, read, and removed again. Sour
 from __future__ import annotations
 
 import errno
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from encfs.attestation.evidence import Endorsements, Evidence, EvidenceKind
 from encfs.attestation.quotes import MAX_QUOTE_SIZE, quote_kind
 from encfs.attestation.snp import REPORT_SIZE, parse_certificate_table
 from encfs.errors import AttestationError, FormatError
+
+_logger = logging.getLogger(__name__)
 
 ROOT = Path("/sys/kernel/config/tsm/report")
 
@@ -78,7 +81,11 @@ def _request(root: Path) -> Iterator[Path]:
     try:
         yield path
     finally:
-        path.rmdir()
+        try:
+            path.rmdir()
+        except OSError as error:
+            # What went wrong before is what the user should hear of; the kernel drops it with the next reboot.
+            _logger.debug("%s cannot be removed: %s", path, error)
 
 
 def _kind(request: Path) -> EvidenceKind:
