@@ -188,7 +188,13 @@ class _Upload:
     def _begin(self, url: str) -> requests.Response:
         statuses = frozenset({201, 202})
         return self._client.request(
-            url, "POST", "an upload", statuses, data=b"", headers=_OCTETS, patience=self._patience
+            url,
+            "POST",
+            f"uploads to {self._client.repository}",
+            statuses,
+            data=b"",
+            headers=_OCTETS,
+            patience=self._patience,
         )
 
     def _location(self, response: requests.Response) -> str:

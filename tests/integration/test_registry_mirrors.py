@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -168,7 +169,7 @@ def test_a_bad_mirror_costs_one_request(
     with source(origin.host, mirror.host) as store:
         for offset in range(0, 50, 10):
             assert read(store, 100 + offset, 10) == CONTENT[100 + offset : 110 + offset]
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 8
     assert len(mirror.seen) == 1
     assert len([item for item in caplog.records if item.levelno >= logging.WARNING]) == 1
 
@@ -176,12 +177,12 @@ def test_a_bad_mirror_costs_one_request(
 def test_a_mirror_that_is_down_or_silent(origin: FaultProxy, mirror: FaultProxy) -> None:
     with source(origin.host, "127.0.0.1:1") as store:
         assert read(store) == CONTENT
-    mirror.faults = [Fault("", times=-1, act=lambda handler: time.sleep(3))]
+    mirror.faults = [Fault("", times=-1, act=lambda handler: time.sleep(20))]
     started = time.monotonic()
-    with source(origin.host, mirror.host, io_timeout=2.0) as store:  # a mirror gets a quarter of it
+    with source(origin.host, mirror.host, io_timeout=4.0) as store:  # a mirror gets a quarter of it
         assert read(store) == CONTENT
         assert read(store) == CONTENT
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
     assert len(mirror.seen) == 1
 
 
@@ -199,19 +200,20 @@ def test_a_mirror_that_is_cut_or_drips_is_left_in_the_middle(
     started = time.monotonic()
     with source(origin.host, mirror.host) as store:
         assert read(store) == CONTENT
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 20
 
 
 def test_a_mirror_rests_longer_with_every_failure_and_comes_back(
     origin: FaultProxy, mirror: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("encfs.oci.mirrors._FIRST_REST", 0.2)
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("encfs.oci.mirrors.time", SimpleNamespace(monotonic=lambda: clock.now))
     mirror.faults = [Fault("", times=2, reply=(500, {}))]
     with source(origin.host, mirror.host) as store:
-        for pause, asked in ((0.0, 1), (0.0, 1), (0.25, 2), (0.25, 2), (0.25, 3), (0.0, 4)):
-            time.sleep(pause)
+        for now, asked in ((0, 1), (14, 1), (16, 2), (32, 2), (45, 2), (47, 3), (48, 4)):
+            clock.now = now
             read(store, 0, 10)
-            assert len(mirror.seen) == asked
+            assert len(mirror.seen) == asked, now
 
 
 # -- wrong bytes
