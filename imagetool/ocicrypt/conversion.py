@@ -77,6 +77,8 @@ class DecryptingSource:
         for index, layer in enumerate(layers):
             if is_encrypted(layer):
                 opened = opened_layer(layer, index, self._openers, diff_ids[index] if index < len(diff_ids) else None)
+                if (former := self._layers.get(layer.digest)) is not None:
+                    former.key.wipe()
                 self._layers[layer.digest] = opened
                 annotations = without_encryption(layer.annotations)
                 layers[index] = replace(layer, media_type=opened.media_type, annotations=annotations)

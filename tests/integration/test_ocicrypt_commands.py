@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from encfs.image.compression import Compression
 from tests.integration.test_registry_commands import answer, run
-from tests.support.container_images import Store, archive, make_image, make_index, make_key
+from tests.support.container_images import Store, archive, make_image, make_index, make_key, skopeo
 from tests.support.documented import assert_as_documented
 from tests.support.registry import DockerRegistry
 from tests.support.remote import needs_docker_registry, running
@@ -141,6 +142,26 @@ def test_registries(place: Path, server: DockerRegistry) -> None:
     )
     assert plain == back
     assert [image["layers"] for image in plain] == [[], []]
+
+
+@needs_docker_registry
+@pytest.mark.skipif(shutil.which("skopeo") is None, reason="skopeo is not installed")
+def test_images_of_dockers(place: Path, server: DockerRegistry) -> None:
+    """Their media types become OCI's, their configs stay what they are, byte for byte."""
+    docker, back = f"docker://{server.host}/docker:v2", Store(place / "back")
+    skopeo("copy", "--format", "v2s2", "--dest-tls-verify=false", f"oci:{place}/store:plain", docker)
+    before = json.loads(skopeo("inspect", "--raw", "--tls-verify=false", docker))
+    assert before["layers"][0]["mediaType"] == "application/vnd.docker.image.rootfs.diff.tar.gzip"
+    words = ("ocicrypt", "encrypt", docker, "oci:secret:docker", "--plain-http", "-r", "p256.pub.pem")
+    run(place, "imagetool", *words, "--layer", "1")
+    secret = Store(place / "secret").manifest("docker")
+    assert [layer.media_type.rpartition(".")[2] for layer in secret.layers] == ["tar+gzip", "tar+gzip+encrypted"]
+    assert secret.config.media_type == "application/vnd.oci.image.config.v1+json"
+    assert secret.config.digest == before["config"]["digest"]
+    skopeo("copy", "--decryption-key", place / "p256.pem", f"oci:{place}/secret:docker", back.reference("theirs"))
+    run(place, "imagetool", "ocicrypt", "decrypt", "oci:secret:docker", "oci:back:ours", "-k", "p256.pem")
+    assert back.manifest("ours").layers == back.manifest("theirs").layers
+    assert [layer.digest for layer in back.manifest("ours").layers] == [one["digest"] for one in before["layers"]]
 
 
 def test_a_key_that_does_not_open_leaves_no_layout(place: Path) -> None:
