@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from encfs.erofs.writer import Entry
 from encfs.keys.files import write_key_files
 from encfs.oci.layout import Layout
 from tests.support.artifacts import ARTIFACT_ID, make_keys
@@ -30,6 +32,21 @@ UNPRIVILEGED = (
     *("--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search"),
 )
 SECRET = "a secret that is encfs's own"
+
+
+#: What an image has in the way of a mount or of users: a name of it, the exit code, and what is said.
+HOSTILE = {
+    "proc-is-a-link": (link(b"proc", b"/bin"), 40, "nothing can be mounted on /proc"),
+    "dev-is-a-file": (file(b"dev", b""), 40, "/dev cannot be made in the container"),
+    "etc-leads-out": (link(b"etc", b"/../../../../tmp"), 40, "/etc cannot be made in the container"),
+    "resolv-is-a-directory": (directory(b"etc/resolv.conf"), 40, "nothing can be mounted on /etc/resolv.conf"),
+    "passwd-is-a-pipe": ((Entry(b"etc/passwd", stat.S_IFIFO | 0o644), b""), 0, ""),
+    "passwd-is-a-terminal": (
+        (Entry(b"etc/passwd", stat.S_IFCHR | 0o644, rdev=os.makedev(5, 0)), b""),
+        6,
+        "the image's /etc/passwd cannot be read",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -108,6 +125,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Images:
     empty = [directory(b""), file(b"true", busybox, 0o755)]
     encrypt_image(layout, [empty], keys, image_config(1, Cmd=["/true"]), tag="empty")
     encrypt_image(layout, [empty], keys, image_config(1, architecture="s390x", Cmd=["/true"]), tag="foreign")
+    for name, (extra, _, _) in HOSTILE.items():
+        layers = [[*bottom[:4], extra]]
+        encrypt_image(layout, layers, keys, image_config(1, Entrypoint=["/bin/sh", "-c"], Cmd=["ls /"]), tag=name)
     layout.close()
     return Images(base)
 
@@ -294,6 +314,17 @@ def test_without_root_in_a_user_namespace(images: Images, tmp_path: Path) -> Non
     done = images.run("app", *cache, "--backend", "erofs", prefix=UNPRIVILEGED)
     assert done.returncode == 40
     assert "the kernel's EROFS cannot be used" in done.stderr
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_is_in_the_way_leads_nowhere(images: Images, name: str) -> None:
+    _, code, message = HOSTILE[name]
+    before = sorted(os.listdir("/tmp"))  # noqa: S108 - where one of them leads
+    done = images.run(name)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not {"resolv.conf", "hosts"} & (set(os.listdir("/tmp")) - set(before))  # noqa: S108
 
 
 def test_what_does_not_verify_is_an_input_error_and_said(images: Images, tmp_path: Path) -> None:
