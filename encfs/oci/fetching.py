@@ -37,7 +37,7 @@ _BEHIND = 2 << 20
 #: Readers of one blob that are told apart.
 _STREAMS = 8
 #: Bytes in memory of all blobs of a store: read ahead and not yet read, or not taken by the cache.
-_MEMORY = 48 << 20
+_MEMORY = 32 << 20
 #: Bytes that are fetched together at least where each request brings a blob from its beginning.
 _WHOLE_WINDOW = 8 << 20
 
