@@ -122,11 +122,14 @@ def encrypt(
         )
 
 
-def open_encrypted(target: Path, keys: Keys, *, digest: str | None = None) -> Artifact:
+def open_encrypted(
+    target: Path, keys: Keys, *, digest: str | None = None, wanted: Callable[[str], bool] | None = None
+) -> Artifact:
     return open_artifact(
         Layout(target, tag=None if digest else "v1", digest=digest),
         keys=[provider_from_uri(str(keys.recipient_file))],
         trust=TrustPolicy(keys=(keys.verifier,), artifact_id=ARTIFACT_ID, min_version=1),
+        wanted=wanted,
     )
 
 
