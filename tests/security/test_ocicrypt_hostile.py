@@ -131,7 +131,7 @@ def test_a_blob_that_is_not_what_its_digest_says(store: Store, key: KeyPair) -> 
 def test_no_plaintext_comes_before_the_mac_is_checked(
     store: Store, key: KeyPair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both layers of cipher and sink are watched: with a wrong MAC nothing is decrypted at all."""
+    """With a wrong MAC nothing is decrypted at all."""
     started: list[object] = []
     monkeypatch.setattr(layers, "decrypted", lambda *arguments: started.append(arguments) or iter(()))
     reference = store.change("good", annotated(PUBLIC, public()))
