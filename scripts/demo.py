@@ -224,10 +224,10 @@ def one_tensor(model: Path, mount: Path) -> None:
         claim(np.array_equal(tensor, opened.get_tensor(name)), f"{name} is there in {seconds:.2f} s")
 
 
-def fetched(mount: Path) -> int:
-    """Bytes of stored frames that a mount has read so far."""
+def transferred(mount: Path) -> dict[str, int]:
+    """What a mount has fetched so far, by kind and place (bytes)."""
     [status] = [item for item in mounts() if item["mountpoint"] == str(mount.absolute())]
-    return int(status["stats"]["bytes_fetched"])
+    return dict(status["transfer"])
 
 
 def mounts() -> list[dict[str, Any]]:
@@ -250,14 +250,17 @@ def through_a_registry(work: Path, model: Path, layout: str, open_with: tuple[st
         try:
             say(f"     mounted in {time.monotonic() - started:.2f} s")
             one_tensor(model, mount)
-            part = fetched(mount)
-            claim(part < size / 4, f"for that, {megabytes(part)} of {megabytes(size)} were fetched")
-            claim(directory_size(cache) < size / 4, f"the cache holds {megabytes(directory_size(cache))}")
+            part, ahead = (transferred(mount)[name] for name in ("bytes_from_registry", "bytes_read_ahead"))
+            shown = f"{megabytes(part)} of {megabytes(size)} were fetched, {megabytes(ahead)} of them ahead of reads"
+            claim(0 < part < size / 2, f"for that, {shown}")
+            claim(directory_size(cache) < size / 2, f"the cache holds {megabytes(directory_size(cache))}")
             show(run("imagetool", "pull", remote, *reached), only="fetched")
             server.kill()
             server.wait()
             claim(not answers(host), "the registry is stopped, and the mount reads on:")
             loading(model, mount)
+            from_cache = transferred(mount)["bytes_from_cache"]
+            claim(from_cache > 0, f"{megabytes(from_cache)} came from the cache")
         finally:
             run("encfs", "umount", mount)
         run("encfs", "mount", remote, mount, *open_with, *reached, "--io-timeout", "2")
