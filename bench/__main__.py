@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 
+from bench.broker import measure_broker
 from bench.contenders import KeyFiles
 from bench.encryption import measure_encryption, measure_memory
 from bench.environment import FULL, QUICK, Scale, Workspace, describe_machine, describe_versions, say
@@ -38,6 +39,7 @@ _SUITES: Mapping[str, Callable[[Workspace, Scale, KeyFiles], Iterator[Comparison
     "run": measure_running,
     "tpm": measure_sealed,
     "safetensors": measure_tensors,
+    "broker": measure_broker,
 }
 _RESULTS = Path(__file__).parent / "results"
 

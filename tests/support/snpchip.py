@@ -9,7 +9,6 @@ import datetime
 import os
 from typing import Any
 
-import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
@@ -37,13 +36,10 @@ class SnpChip:
         vcek = _certificate("SEV-VCEK", self._key, "made-up ASK", self._root, extensions | {f"{_OID}.4": self.chip_id})
         self.vcek = vcek.public_bytes(Encoding.DER)
 
-    def install(self, patch: pytest.MonkeyPatch | None = None) -> None:
-        """Put its authority in the place of AMD's in this process."""
-        found = amd._Issuers(self._ask, self._ask, self._ask.not_valid_after_utc)
-        if patch is None:
-            amd._issuers = lambda _product: found  # type: ignore[assignment]
-        else:
-            patch.setattr(amd, "_issuers", lambda _product: found)
+    @property
+    def authority(self) -> bytes:
+        """The certificate (DER) that stands in for AMD's."""
+        return self._ask.public_bytes(Encoding.DER)
 
     def report(self, report_data: bytes, **fields: Any) -> bytes:
         tcb = bytes([3, 0, 0, 0, 0, 0, 8, 115])
@@ -66,6 +62,13 @@ class SnpChip:
         """In the KBS protocol's form, with the certificate."""
         report = self.report(report_data, **fields)
         return to_kbs_evidence(Evidence(EvidenceKind.SNP, report, Endorsements((self.vcek,))))
+
+
+def trust_authority(der: bytes) -> None:
+    """Put a made-up authority in the place of AMD's, in this process and those that it forks."""
+    certificate = x509.load_der_x509_certificate(der)
+    found = amd._Issuers(certificate, certificate, certificate.not_valid_after_utc)
+    amd._issuers = lambda _product: found  # type: ignore[assignment]
 
 
 def _certificate(
