@@ -32,7 +32,7 @@ BODY_TIMEOUT = 10.0
 #: Seconds between deletions of expired sessions.
 _PURGE_INTERVAL = 5.0
 #: Requests that are worked on at the same time; the others wait.
-_THREADS = 16
+_THREADS = 6
 
 _RESOURCES = f"{protocol.PREFIX}/resource/"
 

@@ -28,6 +28,7 @@ from imagetool.broker import log, sessions, state
 from imagetool.broker.database import Database
 from imagetool.broker.decisions import Because, Decision, Wanted, decide, judge_genuineness, logged_claims
 from imagetool.broker.endorsements import EndorsementStore
+from imagetool.broker.policy import Policy
 from imagetool.broker.rollback import CounterMark, check_mark
 from imagetool.broker.sessions import Attested, Session
 from imagetool.broker.state import State
@@ -74,6 +75,15 @@ class _Request:
     client: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What the database has for a request: the epoch, the key's sealed row, the version of the content asked for."""
+
+    epoch: int
+    row: SealedRow | None
+    version: int | None
+
+
 class Broker:
     """The steps, for one process. Safe for several threads."""
 
@@ -114,11 +124,13 @@ class Broker:
 
     def attest(self, identity: str | None, body: bytes, client: str) -> dict[str, object]:
         """The answer with a token, once the evidence is genuine and bound to this session."""
-        session = self._session(identity)
+        with self._database.reading() as connection:
+            session = self._session(connection, identity)
+            epoch = state.epoch(connection)
         if session.attested is not None:
             raise _spent()
         offered = _attestation(session, _message(body, "the attestation"))
-        reasons, claims = self._judged(offered)
+        reasons, claims = self._judged(offered, self._state(epoch).policy)
         if reasons:
             self._writer.run(
                 lambda connection: self._refuse_evidence(connection, session, offered, reasons, claims, client),
@@ -140,11 +152,14 @@ class Broker:
                 parse_digest(content_digest, protocol.DIGEST_PARAMETER)
         except FormatError as error:
             raise Refusal(400, protocol.ERROR_REQUEST, error.message) from None
-        session = self._session(self._of_token(token) if identity is None and token is not None else identity)
-        if session.attested is None:
-            raise Refusal(401, protocol.ERROR_REQUEST, "the session is not attested: send evidence first")
+        identity = self._of_token(token) if identity is None and token is not None else identity
         for _ in range(_ATTEMPTS):
-            content = self._release(_Request(session, session.attested, wanted_path, content_digest, client))
+            with self._database.reading() as connection:
+                session = self._session(connection, identity)
+                found = self._look_up(connection, wanted_path, content_digest)
+            if session.attested is None:
+                raise Refusal(401, protocol.ERROR_REQUEST, "the session is not attested: send evidence first")
+            content = self._release(_Request(session, session.attested, wanted_path, content_digest, client), found)
             if content is not None:
                 break
         else:
@@ -158,7 +173,9 @@ class Broker:
 
     def ready(self) -> None:
         """Raises: StorageError, IntegrityError where this broker can serve nobody."""
-        self._state()
+        with self._database.reading() as connection:
+            epoch = state.epoch(connection)
+        self._state(epoch)
 
     def purge(self) -> int:
         """Delete expired sessions; how many are left."""
@@ -166,18 +183,16 @@ class Broker:
         self._crowded = left >= self._settings.max_sessions
         return left
 
-    def _session(self, identity: str | None) -> Session:
+    def _session(self, connection: Connection, identity: str | None) -> Session:
         if identity is None:
             raise Refusal(401, protocol.ERROR_REQUEST, "there is no session cookie: authenticate first")
-        with self._database.reading() as connection:
-            found = sessions.find(connection, identity, self._database.now(connection))
+        found = sessions.find(connection, identity, self._database.now(connection))
         if found is None:
             raise Refusal(401, protocol.ERROR_SESSION, "the session is not known, or has expired")
         return found
 
-    def _state(self) -> State:
-        with self._database.reading() as connection:
-            epoch = state.epoch(connection)
+    def _state(self, epoch: int) -> State:
+        """The state of the epoch that the database says it is in. Raises: IntegrityError, RollbackError."""
         known = self._known
         if known is not None and known.epoch == epoch:
             return known
@@ -194,9 +209,8 @@ class Broker:
             self._known = found
             return found
 
-    def _judged(self, offered: Attested) -> tuple[list[Because], Mapping[str, object]]:
+    def _judged(self, offered: Attested, policy: Policy) -> tuple[list[Because], Mapping[str, object]]:
         """Why evidence is no evidence, and what it claims."""
-        policy = self._state().policy
         try:
             verdict = judge_genuineness(
                 offered.evidence,
@@ -210,13 +224,12 @@ class Broker:
             return [Because("evidence", error.message)], {}
         return [Because(one.code.value, one.message) for one in verdict.reasons], logged_claims(verdict.claims)
 
-    def _release(self, request: _Request) -> bytearray | None:
+    def _release(self, request: _Request, found: _Found) -> bytearray | None:
         """The content to be handed out, its release being in the log; None where the owner changed something."""
-        current = self._state()
+        current = self._state(found.epoch)
         entry, rule = current.entries.get(request.path), current.policy.rule_for(request.path)
-        row, version = self._look_up(request.path, request.content_digest)
         decision = decide(
-            Wanted(request.path, request.content_digest, version),
+            Wanted(request.path, request.content_digest, found.version),
             entry,
             rule,
             request.attested.evidence,
@@ -228,13 +241,13 @@ class Broker:
         content = bytearray()
         try:
             if decision.released:
-                opened = self._opened(current, request.path, row)
+                opened = self._opened(current, request.path, found.row)
                 if isinstance(opened, Because):
                     decision = replace(decision, reasons=(opened,))
                 else:
                     content = opened
             outcome = self._writer.run(
-                lambda connection: self._decided(connection, current, request, version, decision), durable=True
+                lambda connection: self._decided(connection, current, request, found.version, decision), durable=True
             )
             if outcome is None:
                 return None
@@ -246,18 +259,17 @@ class Broker:
         finally:
             wipe(content)
 
-    def _look_up(self, path: str, content_digest: str | None) -> tuple[SealedRow | None, int | None]:
-        """The sealed row of a key, and the version of a content that `imagetool release` published."""
-        with self._database.reading() as connection:
-            row = connection.execute(
-                select(RESOURCES.c.nonce, RESOURCES.c.sealed).where(RESOURCES.c.path == path)
-            ).one_or_none()
-            version = None
-            if content_digest is not None:
-                version = connection.execute(
-                    select(VERSIONS.c.version).where(VERSIONS.c.content_digest == content_digest)
-                ).scalar()
-        return (SealedRow(row.nonce, row.sealed) if row is not None else None), version
+    def _look_up(self, connection: Connection, path: str, content_digest: str | None) -> _Found:
+        columns = (RESOURCES.c.nonce, RESOURCES.c.sealed)
+        row = connection.execute(select(*columns).where(RESOURCES.c.path == path)).one_or_none()
+        version = None
+        if content_digest is not None:
+            version = connection.execute(
+                select(VERSIONS.c.version).where(VERSIONS.c.content_digest == content_digest)
+            ).scalar()
+        # The epoch last: where it changed since, the decision is not valid, and is made anew.
+        sealed = SealedRow(row.nonce, row.sealed) if row is not None else None
+        return _Found(state.epoch(connection), sealed, version)
 
     def _opened(self, current: State, path: str, row: SealedRow | None) -> bytearray | Because:
         if path not in current.entries:
