@@ -22,7 +22,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import demo_broker
 import numpy as np
+from narration import ClaimError, claim, run, say, show, step
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -33,43 +35,6 @@ WINDOW = 32
 ARTIFACT_ID = "acme/chat"
 MODEL_FILE = "chat-00001-of-00001.safetensors"
 CODE_FILE = "modeling_chat.py"
-
-BIN = Path(sys.executable).parent
-
-
-class ClaimError(Exception):
-    """Something that the demo says is not so."""
-
-
-def say(text: str = "") -> None:
-    print(text, flush=True)
-
-
-def step(number: int, text: str) -> None:
-    say(f"\n{number}. {text}")
-
-
-def claim(true: bool, text: str) -> None:
-    if not true:
-        raise ClaimError(text)
-    say(f"   ok: {text}")
-
-
-def run(*words: str | Path, code: int = 0) -> str:
-    """Run one of the two programs as a user would; it must end with exit code `code`. Its output, both kinds."""
-    shown = " ".join(str(word) for word in words)
-    say(textwrap.fill(shown, 110, initial_indent="   $ ", subsequent_indent="       ", break_on_hyphens=False))
-    done = subprocess.run([BIN / words[0], *words[1:]], capture_output=True, text=True, check=False)
-    output = done.stdout + done.stderr
-    if done.returncode != code:
-        raise ClaimError(f"{words[0]} {words[1]} exits with {code}; it ended with {done.returncode}:\n{output}")
-    return output
-
-
-def show(output: str, only: str = "") -> None:
-    for line in output.splitlines():
-        if only in line:
-            say(f"     {line}")
 
 
 def make_model(directory: Path) -> None:
@@ -354,6 +319,8 @@ def demonstrate(work: Path) -> None:
     finally:
         run("encfs", "umount", mount)
 
+    demo_broker.demonstrate(work, first=9)
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -363,9 +330,10 @@ def main() -> int:
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         say("the demo mounts through FUSE, and /dev/fuse cannot be opened here (in a container: --device /dev/fuse)")
         return 1
-    if shutil.which("docker-registry") is None:
-        say("the demo needs docker-registry: scripts/install-packages demo")
-        return 1
+    for needed in ("docker-registry", *demo_broker.NEEDED):
+        if shutil.which(needed) is None:
+            say(f"the demo needs {needed}: scripts/install-packages demo")
+            return 1
     if options.work.exists():
         shutil.rmtree(options.work)
     options.work.mkdir()
