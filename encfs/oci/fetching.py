@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import NoReturn
 
-from encfs.errors import EncfsError, TransportError, TransportTimeoutError
+from encfs.errors import AuthenticationError, EncfsError, NotFoundError, TransportError, TransportTimeoutError
 from encfs.oci.cache import GRAIN
 from encfs.oci.cachedblob import CachedBlob, in_order
 from encfs.oci.counters import TransferCounters
@@ -40,6 +40,8 @@ _STREAMS = 8
 _MEMORY = 32 << 20
 #: Bytes that are fetched together at least where each request brings a blob from its beginning.
 _WHOLE_WINDOW = 8 << 20
+#: Seconds before a reader asks by himself for what another's request did not bring.
+_PAUSE = 0.05
 
 
 class _MovedError(Exception):
@@ -277,7 +279,7 @@ class FetchingBlob:
                     own.append(_Fetch(position, gap_end))
             if whole and own and self._keeps_whole():
                 # One request brings all of the blob: everybody waits for that.
-                under_way = [fetch for fetch in self._fetches if self._is_whole(fetch) and not fetch.finished]
+                under_way = [fetch for fetch in self._fetches if fetch.end - fetch.start == self.size]
                 own, others = [] if under_way else [_Fetch(0, self.size)], under_way or others
             self._fetches.extend(own)
         return own, [fetch for fetch in others if fetch.start < end and start < fetch.end]
@@ -293,7 +295,10 @@ class FetchingBlob:
         return self._fetcher.whole and fetch.end - fetch.start == self.size > _WHOLE_WINDOW
 
     def _await(self, fetch: _Fetch, place: int, deadline: float) -> bool:
-        """Wait until a fetch has got to a place. False where it failed: its reader had its own time."""
+        """Wait until a fetch has got to a place. False where it failed: its reader had its own time.
+
+        Raises: NotFoundError, AuthenticationError as it did; TransportTimeoutError.
+        """
         with self._changed:
             seen = fetch.done
             fetch.awaited = True
@@ -304,6 +309,10 @@ class FetchingBlob:
                 self._changed.wait(rest)
                 if fetch.done > seen:
                     seen, deadline = fetch.done, monotonic() + self._fetcher.io_timeout
+            if isinstance(fetch.error, NotFoundError | AuthenticationError):
+                raise type(fetch.error)(fetch.error.message, hint=fetch.error.hint)
+            if fetch.error is not None:
+                self._changed.wait(_PAUSE)
             return fetch.error is None
 
     def _overlapping(self, start: int, end: int) -> list[_Fetch]:
