@@ -8,19 +8,34 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from encfs.attestation import amd
 from encfs.kbs import jwe
 from encfs.keys.keyring import create_keyring, parse_keyring
 from encfs.keys.providers import provider_from_uri
 from encfs.keys.secrets import SymmetricKey
-from tests.support.broker import BIN, PATH, Handshake, imagetool, make_broker, serving, set_policy, wait_until
+from tests.support.broker import (
+    BIN,
+    PATH,
+    Answer,
+    Handshake,
+    Served,
+    imagetool,
+    make_broker,
+    serving,
+    set_policy,
+    wait_until,
+)
 from tests.support.postgres import Postgres, running_postgres
+from tests.support.snpchip import MEASUREMENT, SnpChip, trust_authority
 from tests.support.tpm import SoftwareTpm, tpm
 
 __all__ = ["tpm"]
@@ -363,6 +378,50 @@ def test_what_init_refuses(tmp_path: Path, postgres: Postgres) -> None:
     imagetool("broker", "init", tmp_path / "d", "--cert", "x", code=2)
     away = imagetool("broker", "init", tmp_path / "e", "--database", "postgresql://u:hidden@127.0.0.1:1/x", code=6)
     assert "hidden" not in json.dumps(away)
+
+
+# SNP
+
+
+def test_snp_reports_over_the_wire(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports of a made-up chip, signed afresh for each session; its authority stands in for AMD's in the server."""
+    chip = SnpChip()
+    (tmp_path / "authority.der").write_bytes(chip.authority)
+    monkeypatch.setattr(amd, "_issuers", amd._issuers)  # put back at the end
+    trust_authority(chip.authority)
+    rule = f'[key."default/*"]\ntee = "snp"\nmeasurements = "{MEASUREMENT.hex()}"\ntcb = [{{ snp = 8 }}]\n'
+    directory = make_broker(tmp_path / "b", policy=rule)
+    command = [sys.executable, "-m", "tests.support.snpbroker", tmp_path / "authority.der"]
+    with serving(directory, command=command) as broker:
+
+        def answer(**fields: Any) -> Answer:
+            client = Handshake(broker.url, broker.ca, tee="snp", evidence=lambda data: chip.evidence(data, **fields))
+            attested = client.begin().attest()
+            return client.resource() if attested.status == 200 else attested
+
+        assert answer().status == 200
+        for fields, code in (
+            ({"measurement": bytes(48)}, "measurement"),
+            ({"policy": 0xB0000}, "debug"),
+            ({"vmpl": 1}, "vmpl"),
+            ({"reported_tcb": bytes(8)}, "certificate"),
+            ({"chip_id": b"\1" * 64}, "certificate"),
+            ({"report_data": bytes(64)}, "report-data"),
+        ):
+            refused = answer(**fields) if "report_data" not in fields else _stale(broker, chip)
+            assert refused.status == 401, fields
+            entry = imagetool("broker", "releases", directory)["entries"][-1]
+            assert code in [one["code"] for one in entry["reasons"]], fields
+    # Without the made-up authority the same chip is nobody's.
+    with serving(directory) as broker:
+        stranger = Handshake(broker.url, broker.ca, tee="snp", evidence=chip.evidence)
+        assert stranger.begin().attest().kind == "AttestationFailed"
+
+
+def _stale(broker: Served, chip: SnpChip) -> Answer:
+    """A report of another session."""
+    client = Handshake(broker.url, broker.ca, tee="snp", evidence=lambda _data: chip.evidence(bytes(48)))
+    return client.begin().attest()
 
 
 # The TPM

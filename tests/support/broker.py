@@ -31,6 +31,7 @@ from encfs.kbs import jwe, protocol
 from encfs.keys.jwk import PrivateKey
 
 BIN = Path(sys.executable).parent
+ROOT = Path(__file__).parents[2]
 PATH = "default/key/chat"
 SAMPLE_POLICY = '[key."default/key/*"]\ntee = "sample"\n'
 
@@ -110,7 +111,7 @@ def serving(
     words = ["broker", "serve", directory, "--listen", listen, "--demo", "--workers", "2", *options, "--json"]
     with errors.open("w") as stderr:
         process = subprocess.Popen(
-            [*command, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True
+            [*command, *words], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, text=True
         )
     assert process.stdout is not None
     line = process.stdout.readline()
