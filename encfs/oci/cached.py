@@ -15,7 +15,8 @@ from encfs.oci.blobs import MAX_MANIFEST_SIZE, Descriptor, RawManifest
 from encfs.oci.cache import Cache, Tag, open_cache
 from encfs.oci.cachedblob import CachedBlob
 from encfs.oci.counters import TransferCounters
-from encfs.oci.fetching import Fetcher, FetchingBlob
+from encfs.oci.fetcher import Fetcher
+from encfs.oci.fetching import FetchingBlob
 from encfs.oci.mirrors import behind_mirrors
 from encfs.oci.options import StoreOptions, default_cache_dir
 from encfs.oci.reference import DEFAULT_TAG, Reference

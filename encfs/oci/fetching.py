@@ -12,7 +12,6 @@ Bytes are untrusted here, and checked by whoever reads. Not here: HTTP (`remote`
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic
@@ -21,8 +20,8 @@ from typing import NoReturn
 from encfs.errors import AuthenticationError, EncfsError, NotFoundError, TransportError, TransportTimeoutError
 from encfs.oci.cache import GRAIN
 from encfs.oci.cachedblob import CachedBlob, in_order
-from encfs.oci.counters import TransferCounters
-from encfs.oci.lanes import Lanes, Priority
+from encfs.oci.fetcher import Fetch, Fetcher
+from encfs.oci.lanes import Priority
 from encfs.oci.remote import RangeBlob
 
 #: Bytes that are kept ahead of a reader: at first, and at most.
@@ -36,8 +35,6 @@ _SLACK = 64 << 10
 _BEHIND = 2 << 20
 #: Readers of one blob that are told apart.
 _STREAMS = 8
-#: Bytes in memory of all blobs of a store: read ahead and not yet read, or not taken by the cache.
-_MEMORY = 32 << 20
 #: Bytes that are fetched together at least where each request brings a blob from its beginning.
 _WHOLE_WINDOW = 8 << 20
 #: Seconds before a reader asks by himself for what another's request did not bring.
@@ -46,22 +43,6 @@ _PAUSE = 0.05
 
 class _MovedError(Exception):
     """The bytes are on their way in another fetch, or have to be asked for again. Never leaves this module."""
-
-
-class _Fetch:
-    """A range on its way, or in memory. `done` is how far it has arrived, from `start`. Guarded by its blob's lock."""
-
-    __slots__ = ("awaited", "buffer", "done", "end", "error", "finished", "kept", "start")
-
-    def __init__(self, start: int, end: int) -> None:
-        self.start = start
-        self.end = end
-        self.done = start
-        self.buffer: memoryview | None = None
-        self.finished = False
-        self.kept = False
-        self.awaited = False
-        self.error: Exception | None = None
 
 
 class _Stream:
@@ -75,66 +56,6 @@ class _Stream:
         self.ordered = position
 
 
-class Fetcher:
-    """What all blobs of one store share: connections, memory, counters."""
-
-    def __init__(self, concurrency: int, io_timeout: float, counters: TransferCounters) -> None:
-        """`io_timeout`: seconds that a reader waits while nothing arrives."""
-        self.lanes = Lanes(concurrency)
-        self.io_timeout = io_timeout
-        self.counters = counters
-        #: Whether the registry answered a request for a range with the whole blob.
-        self.whole = False
-        self.probed = False
-        self.probe = threading.Lock()
-        self._lock = threading.Lock()
-        self._memory = 0
-        self._kept: OrderedDict[_Fetch, FetchingBlob] = OrderedDict()
-
-    def reserve(self, size: int, *, anyway: bool) -> bool:
-        """Count `size` bytes of memory, dropping what was not used for longest; False where there is no room."""
-        victims: list[tuple[_Fetch, FetchingBlob]] = []
-        with self._lock:
-            while self._memory + size > _MEMORY and self._kept:
-                fetch, blob = self._kept.popitem(last=False)
-                fetch.kept = False
-                self._memory -= fetch.end - fetch.start
-                victims.append((fetch, blob))
-            fits = anyway or self._memory + size <= _MEMORY
-            if fits:
-                self._memory += size
-        for fetch, blob in victims:
-            blob.forget(fetch)
-        return fits
-
-    def release(self, size: int) -> None:
-        """Bytes of memory that are no longer used."""
-        with self._lock:
-            self._memory -= size
-
-    def keep(self, fetch: _Fetch, blob: FetchingBlob) -> None:
-        """Leave what has arrived in memory until the room is needed."""
-        with self._lock:
-            self._kept[fetch] = blob
-            fetch.kept = True
-
-    def touch(self, fetch: _Fetch) -> None:
-        with self._lock:
-            if fetch.kept:
-                self._kept.move_to_end(fetch)
-
-    def drop(self, fetch: _Fetch) -> None:
-        """Give its memory back."""
-        with self._lock:
-            if fetch.kept:
-                fetch.kept = False
-                del self._kept[fetch]
-                self._memory -= fetch.end - fetch.start
-
-    def close(self) -> None:
-        self.lanes.close()
-
-
 class FetchingBlob:
     """A `Blob` of a registry, behind the cache where there is one. Thread-safe."""
 
@@ -144,7 +65,7 @@ class FetchingBlob:
         self._cached = cached
         self._fetcher = fetcher
         self._changed = threading.Condition()
-        self._fetches: list[_Fetch] = []
+        self._fetches: list[Fetch] = []
         self._streams: list[_Stream] = []
 
     # -- reading
@@ -212,7 +133,7 @@ class FetchingBlob:
                     self._fetcher.touch(fetch)
         return True
 
-    def _on_disk(self, fetch: _Fetch) -> bool:
+    def _on_disk(self, fetch: Fetch) -> bool:
         return fetch.finished and self._cached is not None and self._cached.writable
 
     # -- what is lacking
@@ -239,7 +160,7 @@ class FetchingBlob:
         fetched = sorted((*own, *others), key=lambda fetch: fetch.start)
         return self._gather(offset, buffer, fetched)
 
-    def _gather(self, offset: int, buffer: memoryview, fetched: Sequence[_Fetch]) -> bool:
+    def _gather(self, offset: int, buffer: memoryview, fetched: Sequence[Fetch]) -> bool:
         """Copy from fetches where they have the bytes in memory, and the rest from the cache."""
         position, end = offset, offset + len(buffer)
         for fetch in fetched:
@@ -257,30 +178,30 @@ class FetchingBlob:
         self._fetcher.counters.add("bytes_from_cache", end - start)
         return True
 
-    def _claim(self, start: int, end: int) -> tuple[list[_Fetch], list[_Fetch]]:
+    def _claim(self, start: int, end: int) -> tuple[list[Fetch], list[Fetch]]:
         """New fetches for what nobody has asked for yet, and those of others that have to be waited for."""
         low, high = start // GRAIN * GRAIN, min(-(-end // GRAIN) * GRAIN, self.size)
         whole = self._fetcher.whole
         if whole and not self._keeps_whole():
             high = min(max(high, low + _WHOLE_WINDOW), self.size)
         missing = [(low, high)] if self._cached is None else self._cached.missing(low, high)
-        own: list[_Fetch] = []
-        others: list[_Fetch] = []
+        own: list[Fetch] = []
+        others: list[Fetch] = []
         with self._changed:
             for gap_start, gap_end in missing:
                 position = gap_start
                 for fetch in self._overlapping(gap_start, gap_end):
                     if position < fetch.start:
-                        own.append(_Fetch(position, fetch.start))
+                        own.append(Fetch(position, fetch.start))
                     position = max(position, fetch.end)
                     if fetch not in others:
                         others.append(fetch)
                 if position < gap_end:
-                    own.append(_Fetch(position, gap_end))
+                    own.append(Fetch(position, gap_end))
             if whole and own and self._keeps_whole():
                 # One request brings all of the blob: everybody waits for that.
                 under_way = [fetch for fetch in self._fetches if fetch.end - fetch.start == self.size]
-                own, others = [] if under_way else [_Fetch(0, self.size)], under_way or others
+                own, others = [] if under_way else [Fetch(0, self.size)], under_way or others
             self._fetches.extend(own)
         return own, [fetch for fetch in others if fetch.start < end and start < fetch.end]
 
@@ -291,10 +212,10 @@ class FetchingBlob:
         """Whether the cache has room for all of the blob."""
         return self._cached is not None and self._cached.writable and self._cached.room >= self.size
 
-    def _is_whole(self, fetch: _Fetch) -> bool:
+    def _is_whole(self, fetch: Fetch) -> bool:
         return self._fetcher.whole and fetch.end - fetch.start == self.size > _WHOLE_WINDOW
 
-    def _await(self, fetch: _Fetch, place: int, deadline: float) -> bool:
+    def _await(self, fetch: Fetch, place: int, deadline: float) -> bool:
         """Wait until a fetch has got to a place. False where it failed: its reader had its own time.
 
         Raises: NotFoundError, AuthenticationError as it did; TransportTimeoutError.
@@ -315,29 +236,29 @@ class FetchingBlob:
                 self._changed.wait(_PAUSE)
             return fetch.error is None
 
-    def _overlapping(self, start: int, end: int) -> list[_Fetch]:
+    def _overlapping(self, start: int, end: int) -> list[Fetch]:
         found = [fetch for fetch in self._fetches if fetch.start < end and start < fetch.end]
         return sorted(found, key=lambda fetch: fetch.start)
 
-    def forget(self, fetch: _Fetch) -> None:
+    def forget(self, fetch: Fetch) -> None:
         """Its memory is needed for something else."""
         with self._changed:
             if fetch in self._fetches:
                 self._fetches.remove(fetch)
 
-    def _remove(self, fetch: _Fetch) -> None:
+    def _remove(self, fetch: Fetch) -> None:
         if fetch in self._fetches:
             self._fetches.remove(fetch)
         self._fetcher.drop(fetch)
 
-    def _abandon(self, fetches: Sequence[_Fetch]) -> None:
+    def _abandon(self, fetches: Sequence[Fetch]) -> None:
         """Fetches that will not be run: who waits for them asks himself."""
         for fetch in fetches:
             self._finish(fetch, _MovedError())
 
     # -- one request
 
-    def _run_in_lane(self, fetch: _Fetch, seconds: float) -> None:
+    def _run_in_lane(self, fetch: Fetch, seconds: float) -> None:
         """Raises: as `_run`; TransportTimeoutError where no connection gets free."""
         try:
             self._fetcher.lanes.enter(Priority.FOREGROUND, seconds)
@@ -349,7 +270,7 @@ class FetchingBlob:
         finally:
             self._fetcher.lanes.leave()
 
-    def _run(self, fetch: _Fetch, priority: Priority) -> None:
+    def _run(self, fetch: Fetch, priority: Priority) -> None:
         """Do a fetch that was claimed, in a lane. Raises: what the registry's blob raises; _MovedError."""
         size = fetch.end - fetch.start
         in_memory = not (self._is_whole(fetch) and self._keeps_whole())
@@ -369,11 +290,11 @@ class FetchingBlob:
         finally:
             self._finish(fetch, error, reserved=size if reserved else 0, keep=priority is not Priority.FOREGROUND)
 
-    def _lacks(self, fetch: _Fetch) -> bool:
+    def _lacks(self, fetch: Fetch) -> bool:
         """Whether it is still missing in the cache: it may have arrived between the look there and the claim."""
         return self._cached is None or bool(self._cached.missing(fetch.start, fetch.end))
 
-    def _finish(self, fetch: _Fetch, error: Exception | None, *, reserved: int = 0, keep: bool = False) -> None:
+    def _finish(self, fetch: Fetch, error: Exception | None, *, reserved: int = 0, keep: bool = False) -> None:
         stays = False
         with self._changed:
             fetch.error, fetch.finished = error, True
@@ -394,7 +315,7 @@ class FetchingBlob:
         if reserved and not stays:
             self._fetcher.release(reserved)
 
-    def _receive(self, fetch: _Fetch) -> None:
+    def _receive(self, fetch: Fetch) -> None:
         if not self._fetcher.probed:
             # Where a registry does not serve parts, one reader finds that out, and not all of them at a time.
             with self._fetcher.probe:
@@ -416,7 +337,7 @@ class FetchingBlob:
             else:
                 self._receive_in_memory(fetch, _chain(first, pieces))
 
-    def _receive_in_memory(self, fetch: _Fetch, pieces: Iterator[tuple[int, bytes]]) -> None:
+    def _receive_in_memory(self, fetch: Fetch, pieces: Iterator[tuple[int, bytes]]) -> None:
         buffer = fetch.buffer
         assert buffer is not None  # noqa: S101 - who calls has looked
         for position, chunk in pieces:
@@ -433,7 +354,7 @@ class FetchingBlob:
             cached.write(fetch.start, buffer)
 
     def _receive_on_disk(
-        self, fetch: _Fetch, pieces: Iterator[tuple[int, bytes]], pace: Callable[[int, bool], None] | None = None
+        self, fetch: Fetch, pieces: Iterator[tuple[int, bytes]], pace: Callable[[int, bool], None] | None = None
     ) -> None:
         cached = self._cached
         assert cached is not None  # noqa: S101 - fetches without a buffer are made where there is a cache
@@ -446,7 +367,7 @@ class FetchingBlob:
             if pace is not None:
                 pace(len(data), fetch.awaited)
 
-    def _arrived(self, fetch: _Fetch, place: int) -> None:
+    def _arrived(self, fetch: Fetch, place: int) -> None:
         with self._changed:
             if place > fetch.done:
                 fetch.done = min(place, fetch.end)
@@ -492,7 +413,7 @@ class FetchingBlob:
             for fetch in own:
                 self._run_ahead(fetch)
 
-    def _run_ahead(self, fetch: _Fetch) -> None:
+    def _run_ahead(self, fetch: Fetch) -> None:
         try:
             self._run(fetch, Priority.AHEAD)
         except (EncfsError, _MovedError):
@@ -520,7 +441,7 @@ class FetchingBlob:
         for fetch in others:
             self._await(fetch, min(end, fetch.end), monotonic() + self._fetcher.io_timeout)
 
-    def _prefetch_one(self, fetch: _Fetch, pace: Callable[[int, bool], None]) -> None:
+    def _prefetch_one(self, fetch: Fetch, pace: Callable[[int, bool], None]) -> None:
         error: Exception | None = None
         try:
             if not self._lacks(fetch):
@@ -540,7 +461,7 @@ def _move() -> NoReturn:
     raise _MovedError
 
 
-def _copy(fetch: _Fetch, offset: int, buffer: memoryview) -> None:
+def _copy(fetch: Fetch, offset: int, buffer: memoryview) -> None:
     """Those bytes of a fetch that fall into `buffer`, which begins at `offset`."""
     assert fetch.buffer is not None  # noqa: S101 - who calls has looked
     first, last = max(fetch.start, offset), min(fetch.end, offset + len(buffer))
