@@ -88,7 +88,7 @@ def add_command(app: typer.Typer, name: str, function: Callable[..., None]) -> N
 
 def add_module(app: typer.Typer, module: ModuleType) -> None:
     """Declare the command that a module is about: its function `command`, under the module's own name."""
-    add_command(app, module.__name__.rpartition(".")[2], module.command)
+    add_command(app, module.__name__.rpartition(".")[2].replace("_", "-"), module.command)
 
 
 def main(app: typer.Typer, program: str, arguments: Sequence[str] | None = None) -> NoReturn:

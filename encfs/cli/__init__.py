@@ -5,12 +5,43 @@ from __future__ import annotations
 from typing import NoReturn
 
 from encfs import commandline
-from encfs.cli import advance, approve, attest, cat, extract, ls, mount, providers, run, seal, status, umount, unseal
+from encfs.cli import (
+    advance,
+    approve,
+    attest,
+    cat,
+    csi_node,
+    extract,
+    ls,
+    mount,
+    providers,
+    run,
+    seal,
+    sidecar,
+    status,
+    umount,
+    unseal,
+)
 
 PROGRAM = "encfs"
 
 app = commandline.application(PROGRAM, "Mount and read encrypted, verified artifacts.")
-for _module in (mount, run, umount, status, ls, cat, extract, seal, unseal, approve, advance, providers):
+for _module in (
+    mount,
+    run,
+    umount,
+    status,
+    ls,
+    cat,
+    extract,
+    seal,
+    unseal,
+    approve,
+    advance,
+    providers,
+    sidecar,
+    csi_node,
+):
     commandline.add_module(app, _module)
 app.add_typer(attest.app)
 

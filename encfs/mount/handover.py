@@ -25,11 +25,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from encfs.errors import EncfsError, MountError, UsageError
 from encfs.mount.fusedevice import check_descriptor, read_init
 from encfs.mount.negotiation import Connection
 from encfs.mount.protocol import peer
+from encfs.mount.runtime import short_path
 
 #: Seconds for a descriptor to be handed over, and for the kernel to begin on it.
 HANDOVER_TIMEOUT = 30.0
@@ -106,7 +108,8 @@ def _connect(path: str, deadline: float) -> socket.socket:
     while True:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            connection.connect(path)
+            with short_path(Path(path)) as address:
+                connection.connect(address)
         except OSError as error:
             connection.close()
             if time.monotonic() >= deadline:

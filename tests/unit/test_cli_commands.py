@@ -95,6 +95,8 @@ def test_every_command_of_the_issue_is_there() -> None:
                 "approve",
                 "advance",
                 "providers",
+                "sidecar",
+                "csi-node",
                 "attest enrol",
                 "attest collect",
             )

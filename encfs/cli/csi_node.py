@@ -1,0 +1,43 @@
+"""`encfs csi-node`."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from encfs.errors import UnsupportedError
+from encfs.terminal import Terminal
+
+
+def command(
+    terminal: Terminal,
+    endpoint: Annotated[str, typer.Option("--endpoint", metavar="unix:PATH", help="Where kubelet finds the plugin.")],
+    node_id: Annotated[str, typer.Option("--node-id", metavar="NAME", help="The node's name.")],
+    kubelet: Annotated[
+        str, typer.Option("--kubelet-dir", metavar="DIR", help="kubelet's directory on this node.")
+    ] = "/var/lib/kubelet",
+    daemon_user: Annotated[
+        int, typer.Option("--daemon-user", metavar="UID", min=0, help="The user that daemons in pods run as.")
+    ] = 65534,
+) -> None:
+    """Mount volumes for daemons in pods (CSI, on the node).
+
+    Their FUSE descriptors are handed over to the daemons. It needs the extra csi, and root. It has no key, and
+    decides nothing about trust.
+    """
+    try:
+        from encfs.csi.node import Node, start
+    except ImportError:
+        raise UnsupportedError("grpcio is not installed", hint="pip install 'encfs[csi]'") from None
+    logging.getLogger("encfs").setLevel(logging.INFO)
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    server = start(Node(node_id, Path(kubelet), daemon_user), endpoint)
+    terminal.result({"endpoint": endpoint}, [f"serving CSI at {endpoint}"])
+    terminal.flush()
+    signal.sigwait(signals)
+    server.stop(5).wait()

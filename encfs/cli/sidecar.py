@@ -1,0 +1,73 @@
+"""`encfs sidecar`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from encfs.commandline import size_option
+from encfs.commandparts import CacheOptions, KeyOptions, opened_source, warn_of_origin
+from encfs.terminal import Terminal
+
+
+def command(
+    terminal: Terminal,
+    config: Annotated[str, typer.Option("--config", metavar="FILE", help="What may be asked for, and is trusted.")],
+    registry: CacheOptions,
+    memory: Annotated[int | None, size_option("--memory", help="Plaintext that is kept in memory.")] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option("--listen", metavar="IP:PORT|unix:PATH", help="Probes and metrics.", show_default=False),
+    ] = None,
+    log_format: Annotated[
+        Literal["text", "json"],
+        typer.Option("--log-format", metavar="text|json", help="How it logs.", show_choices=False),
+    ] = "text",
+) -> None:
+    """Serve a volume of this pod, without any privilege.
+
+    Its FUSE descriptor comes from the node; what may be opened, and is trusted, from a configuration.
+    """
+    from encfs.artifact import open_artifact
+    from encfs.audit import audit_of
+    from encfs.format.volume import DEFAULT_CACHE_SIZE
+    from encfs.hardening import forbid_dumps, forbid_swapping
+    from encfs.mount import MountOptions, MountStatus, choose_shape, mount
+    from encfs.mount.handover import receive
+    from encfs.sidecar import load_config, narrow
+
+    forbid_dumps()
+    forbid_swapping()
+    allowed = load_config(config)
+    handover = receive(f"unix:{allowed.socket}")
+    options = MountOptions(foreground=True, listen=listen, log_format=log_format)
+
+    def report(status: MountStatus) -> None:
+        handover.tell("ready", status=status.to_json())
+        terminal.result(status.to_json(), [f"{request.reference} is served"])
+        terminal.flush()
+
+    with handover.reporting():
+        request = narrow(allowed, handover.attributes)
+        with KeyOptions(list(request.keys)).providers() as keys, opened_source(request.reference, registry) as source:
+            artifact = open_artifact(
+                source,
+                keys=keys,
+                trust=request.trust,
+                cache_size=DEFAULT_CACHE_SIZE if memory is None else memory,
+                label=request.reference,
+            )
+            warn_of_origin(terminal, artifact.origin)
+            handover.check_content(artifact.content_digest)
+            mount(
+                choose_shape(artifact.volumes, options, layered=False, proven=artifact.origin.proven),
+                handover.mountpoint,
+                options,
+                reference=request.reference,
+                content_digest=artifact.content_digest,
+                owner=artifact,
+                on_ready=report,
+                handover=handover,
+                audit=audit_of(artifact, request.reference),
+            )
