@@ -11,7 +11,7 @@ from typing import Final
 
 from encfs.erofs.spool import open_temporary, storage_errors
 from encfs.erofs.writer import ErofsWriter
-from imagetool.tar.layer import Whiteout, classify
+from imagetool.tar.layer import SparseBudget, Whiteout, classify
 from imagetool.tar.reader import TarReader
 
 _SCHEMA: Final = """
@@ -37,8 +37,10 @@ class FlattenPlan:
 
     def read(self, source: TarReader, layer: int) -> None:
         """Take note of a layer's headers. Raises: SourceError, what the source raises."""
+        budget = SparseBudget()
         for member in source:
             item = classify(member)
+            budget.take(member)
             with storage_errors():
                 if isinstance(item, Whiteout):
                     self._database.execute(

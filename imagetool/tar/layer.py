@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from encfs.erofs.sparse import plan_chunks
 from encfs.erofs.spool import open_temporary, storage_errors
 from encfs.erofs.structures import printable
 from encfs.erofs.writer import Entry, ErofsWriter, ImageSink
@@ -32,6 +33,10 @@ _WHITEOUT_MODE: Final = stat.S_IFCHR
 _SHOWN: Final = 200
 #: Longest path in a layer (bytes): PATH_MAX without the NUL, beyond which container tools fail.
 _MAX_PATH: Final = 4095
+#: Largest sparse file (bytes), that of ext4; and what the sparse files of a layer may need besides their data: a short
+#: archive can describe files whose block maps and padding fill any disk.
+_MAX_SPARSE_SIZE: Final = 1 << 44
+_MAX_SPARSE_COST: Final = 1 << 30
 _MAX_MAJOR: Final = 1 << 12
 _MAX_MINOR: Final = 1 << 20
 
@@ -57,6 +62,23 @@ class Whiteout:
 
     path: bytes
     opaque: bool
+
+
+class SparseBudget:
+    """What the sparse files of one layer have cost so far."""
+
+    def __init__(self) -> None:
+        self._left = _MAX_SPARSE_COST
+
+    def take(self, member: Member) -> None:
+        """Raises: SourceError where a member's holes need too much room in an image."""
+        if member.extents is None or not member.size:
+            return
+        if member.size > _MAX_SPARSE_SIZE:
+            raise SourceError(f"{_shown(member.name)}: sparse file of {member.size} bytes, the limit is 16 TiB")
+        self._left -= plan_chunks(member.size, member.extents).cost - member.stored
+        if self._left < 0:
+            raise SourceError(f"{_shown(member.name)}: the holes of the layer's sparse files need more than 1 GiB")
 
 
 class Markers:
@@ -100,10 +122,11 @@ def write_layer(
     it is told of this layer.
     Raises: SourceError naming the path; StorageError; what source and sink raise.
     """
-    markers = Markers()
+    markers, budget = Markers(), SparseBudget()
     try:
         for member in source:
             item = classify(member)
+            budget.take(member)
             if isinstance(item, Whiteout):
                 markers.add(item)
             elif item is not None:

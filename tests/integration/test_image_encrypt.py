@@ -644,6 +644,24 @@ def test_damaged_images_are_refused(tmp_path: Path, store: Store, keys: Keys) ->
     assert Store(tmp_path / "enc").blobs() == set()
 
 
+def test_sparse_bombs_are_stopped(tmp_path: Path, store: Store, keys: Keys) -> None:
+    """A few kilobytes that describe files whose block maps or padding would fill a disk."""
+    scattered = ",".join(f"{index << 31},1" for index in range(8000))
+    for size, pieces, message in (
+        (1 << 62, "0,1", "16 TiB"),
+        (1 << 44, scattered, "more than 1 GiB"),
+    ):
+        count = pieces.count(",") // 2 + 1
+        records = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.size": str(size)}
+        item = regular("bomb", b"x" * count, pax_headers=records | {"GNU.sparse.map": pieces})
+        make_image(store, "v1", plain(archive(item)))
+        for flatten in (False, True):
+            options = ImageOptions(ARTIFACT_ID, 1, VolumeOptions(compress=True), flatten=flatten)
+            with pytest.raises(SourceError, match=message):
+                encrypt(store.reference("v1"), tmp_path / "enc", keys, options=options)
+    assert Store(tmp_path / "enc").blobs() == set()
+
+
 @pytest.mark.parametrize("kind", [Compression.GZIP, Compression.ZSTD])
 def test_bombs_are_stopped(tmp_path: Path, store: Store, keys: Keys, kind: Compression) -> None:
     make_image(store, "v1", [(archive(regular("zeros", bytes(20 << 20))), kind)])
