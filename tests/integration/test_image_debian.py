@@ -62,8 +62,20 @@ def debian() -> Store:
         return Store(image)
 
 
+def mirrors() -> list[str]:
+    """Where this machine's apt gets Debian from; empty where that is not known, and debootstrap has a default."""
+    command = ["apt-get", "indextargets", "--format", "$(SITE)", "Created-By: Packages", "Codename: bookworm"]
+    if shutil.which(command[0]) is None:
+        return []
+    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    return sorted(set(listed))[:1]
+
+
 def build(work: Path) -> None:
-    call(["debootstrap", "--variant=minbase", "bookworm", str(work / "root")], "debootstrap made no root filesystem")
+    call(
+        ["debootstrap", "--variant=minbase", "bookworm", str(work / "root"), *mirrors()],
+        "debootstrap made no root filesystem",
+    )
     shutil.rmtree(work / "root" / "var" / "cache" / "apt" / "archives")
     image = f"{work}/image:v1"
     config = [argument for part in COMMAND for argument in ("--config.cmd", part)]
