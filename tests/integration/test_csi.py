@@ -25,7 +25,7 @@ _NOBODY = 65534
 _UID = "0b7f0b1e-3c1d-4d7e-9d6e-1f2a3b4c5d6e"
 #: Without privilege, and imported before, since the interpreter may be where other users cannot go.
 _SIDECAR = """
-import contextlib, os, pkgutil, importlib, zoneinfo
+import contextlib, os, pkgutil, importlib, zoneinfo, oras.client, decimal, pydantic
 import encfs.cli, encfs.mount.handover
 from importlib.metadata import entry_points
 for module in pkgutil.walk_packages(encfs.__path__, "encfs."):

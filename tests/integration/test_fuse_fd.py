@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.fuse, pytest.mark.root]
 _NOBODY = 65534
 #: The command without privilege: imported as root, since the interpreter may be where others cannot go.
 _PROGRAM = """
-import contextlib, os, pkgutil, importlib, zoneinfo
+import contextlib, os, pkgutil, importlib, zoneinfo, oras.client, decimal, pydantic
 import encfs.cli, encfs.mount.handover
 from importlib.metadata import entry_points
 for module in pkgutil.walk_packages(encfs.__path__, "encfs."):
