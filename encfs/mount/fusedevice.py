@@ -142,6 +142,12 @@ def read_init(descriptor: int, timeout: float) -> bytes:
         except OSError as error:
             if error.errno == errno.ENODEV:
                 raise MountError("the FUSE connection has ended: it is unmounted already") from None
+            if error.errno == errno.EINVAL:
+                # Once begun, the kernel wants more room than this, and nothing was taken.
+                raise MountError(
+                    "the FUSE descriptor is in use already: another daemon has begun on it",
+                    hint="hand each descriptor to one daemon",
+                ) from None
             if error.errno not in {errno.EPERM, errno.EINTR}:
                 raise MountError(f"the FUSE descriptor cannot be read: {error.strerror}") from None
             # EPERM: not mounted yet.
