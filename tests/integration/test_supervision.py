@@ -179,8 +179,7 @@ def test_without_a_daemon_reads_fail_in_bounded_time_and_recover(mounted: Mounte
     with pytest.raises(OSError, match="Input/output error"):
         mounted.read(descriptor, 4 << 20, 4096)
     assert time.monotonic() - started < 10
-    status = mounted.wait_for(lambda status: status["state"] == "failing")
-    assert "a.jwk" in status["reason"]
+    mounted.wait_for(lambda status: status["state"] == "failing" and "a.jwk" in status["reason"], 30)
     (mounted.base / "away").rename(key)
     mounted.wait_for(lambda status: status["state"] == "serving", 30)
     assert mounted.read(descriptor, 4 << 20, 4096)
@@ -193,8 +192,7 @@ def test_other_content_under_the_same_name_is_not_served_to_open_files(mounted: 
     (mounted.base / "model" / "weights").write_bytes(bytes(_SIZE))
     mounted.imagetool("encrypt", mounted.base / "model", mounted.reference, "-r", mounted.base / "a.jwk.pub")
     os.kill(status["pid"], signal.SIGKILL)
-    status = mounted.wait_for(lambda status: status["state"] == "failing")
-    assert "and the mount has served" in status["reason"]
+    mounted.wait_for(lambda status: status["state"] == "failing" and "and the mount has served" in status["reason"], 30)
     with pytest.raises(OSError, match="Input/output error"):
         mounted.read(descriptor, 0, 4096)
     os.close(descriptor)
