@@ -23,18 +23,12 @@ from encfs.progress import NoProgress
 from tests.integration.test_image_encrypt import encrypt, open_encrypted, restore
 from tests.support.artifacts import Keys, make_keys
 from tests.support.container_images import Store
+from tests.support.podman import running_podman
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="debootstrap and devices need root")]
 
 #: What the image runs: something that needs its interpreter, its libraries and its files.
 COMMAND = ["sh", "-c", "dpkg-query -W base-files && echo $ENCFS_TEST"]
-#: A namespace without the machine's control groups, which a container engine may not be allowed to write to.
-RUN = """
-umount -R /sys/fs/cgroup 2>/dev/null
-mount -t cgroup2 none /sys/fs/cgroup || mount -t tmpfs none /sys/fs/cgroup
-exec podman --root "$1/store" --runroot "$1/run" --storage-driver vfs --cgroup-manager cgroupfs run --rm \
-    --cgroups=disabled --network none --ulimit nofile=1024:1024 --ulimit nproc=1000:1000 "$2"
-"""
 
 
 def call(command: Sequence[str], reason: str) -> None:
@@ -130,23 +124,12 @@ def test_the_tree_is_what_umoci_unpacks(tmp_path: Path, debian: Store, encrypted
 
 
 def test_podman_runs_what_was_decrypted(tmp_path: Path, debian: Store, encrypted: Path, keys: Keys) -> None:
-    if shutil.which("podman") is None:
-        pytest.skip("podman is not installed")
     restore(encrypted, keys, tmp_path / "back", compression=Compression.ZSTD)
     back, original = Store(tmp_path / "back"), debian.manifest("v1")
     with closing(Layout(back.path, tag="back")):
         assert back.manifest("back").config.digest == original.config.digest
-    # podman wants a short path.
-    with tempfile.TemporaryDirectory(prefix="podman-") as state:
-        result = subprocess.run(
-            ["unshare", "-m", "sh", "-c", RUN, "sh", state, f"oci:{back.path}:back"],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=200,
-        )
-    if result.returncode and "ermission" in result.stderr + result.stdout:
-        pytest.skip(f"this machine does not let podman run containers: {result.stderr.strip()[-300:]}")
+    with running_podman() as podman:
+        result = podman.run(f"oci:{back.path}:back")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("base-files")
     assert result.stdout.endswith("as encrypted\n")
