@@ -1,10 +1,10 @@
 """How much of a blob is asked for, when, and for whom: between the readers of a blob and the registry.
 
-What a reader lacks is asked for at once, in its own thread. A reader that goes on where it stopped has more and more
-read ahead of it, by threads of `lanes`; one that jumps about gets what it asks for and nothing else. A range is on its
-way once at most: whoever else wants it waits for the same bytes, which are given out as they arrive. This has nothing
-to do with frames, which are the unit of encryption. What arrives goes to the ciphertext cache; where there is none, or
-it does not take it, a bounded amount stays in memory.
+What a reader lacks is asked for at once, in its own thread. A reader that goes on where it stopped has as much read
+ahead of it as it has gone on for, by threads of `lanes`; one that jumps about gets what it asks for and nothing else. A
+range is on its way once at most: whoever else wants it waits for the same bytes, which are given out as they arrive.
+This has nothing to do with frames, which are the unit of encryption. What arrives goes to the ciphertext cache; where
+there is none, or it does not take it, a bounded amount stays in memory.
 
 Bytes are untrusted here, and checked by whoever reads. Not here: HTTP (`remote`), files of the cache (`cachedblob`).
 """
@@ -24,11 +24,10 @@ from encfs.oci.fetcher import Fetch, Fetcher
 from encfs.oci.lanes import Priority
 from encfs.oci.remote import RangeBlob
 
-#: Bytes that are kept ahead of a reader: at first, and at most.
-_FIRST_WINDOW = 512 << 10
+#: Bytes that are kept ahead of a reader at most.
 _LARGEST_WINDOW = 16 << 20
-#: Bytes of one request that reads ahead: at most, so that several connections share a window.
-_AHEAD_REQUEST = 8 << 20
+#: Bytes of one request that reads ahead, so that several connections share a window.
+_LEAST_AHEAD, _MOST_AHEAD = 512 << 10, 8 << 20
 #: How far from the end of the last read (bytes) the next one counts as going on from there.
 _SLACK = 64 << 10
 #: How far behind that (bytes) a read still belongs to the same reader: the kernel asks for several pieces at a time.
@@ -46,14 +45,19 @@ class _MovedError(Exception):
 
 
 class _Stream:
-    """A reader that goes on: where it is, how much is wanted ahead of it, how far that was ordered."""
+    """A reader that may go on: where its first read ended, where it is, how far was ordered."""
 
-    __slots__ = ("ordered", "position", "window")
+    __slots__ = ("ordered", "position", "start")
 
     def __init__(self, position: int) -> None:
+        self.start = position
         self.position = position
-        self.window = 0
         self.ordered = position
+
+    @property
+    def window(self) -> int:
+        """Bytes that are wanted ahead of it: as many as it has gone on for, so that a short one does not cost much."""
+        return min(self.position - self.start, _LARGEST_WINDOW)
 
 
 class FetchingBlob:
@@ -385,7 +389,7 @@ class FetchingBlob:
             if stream is not None and stream.ordered - stream.position <= stream.window // 2:
                 start = max(stream.ordered, stream.position)
                 end = min(stream.position + stream.window, self.size)
-                step = max(_FIRST_WINDOW, min(_AHEAD_REQUEST, stream.window // 2))
+                step = max(_LEAST_AHEAD, min(_MOST_AHEAD, stream.window // 2))
                 orders = [(first, min(first + step, end)) for first in range(start, end, step)]
                 stream.ordered = max(stream.ordered, end)
         for first, last in orders:
@@ -397,7 +401,6 @@ class FetchingBlob:
         for number, stream in enumerate(self._streams):
             if stream.position <= offset <= stream.position + _SLACK:
                 stream.position = end
-                stream.window = min(max(_FIRST_WINDOW, stream.window * 2, size * 2), _LARGEST_WINDOW)
                 self._streams.append(self._streams.pop(number))
                 return stream
             if stream.position - _BEHIND <= offset and end <= stream.position and stream.window:

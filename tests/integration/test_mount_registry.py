@@ -193,6 +193,18 @@ def test_a_sequential_read_is_fetched_ahead_in_growing_requests(proxy: FaultProx
         assert mount.transfer("bytes_from_registry") < 1.1 * sum(map(len, FILES.values()))
 
 
+def test_what_is_fetched_ahead_is_in_proportion_to_what_was_read(proxy: FaultProxy, tmp_path: Path, keys: Keys) -> None:
+    with mounted(tmp_path, proxy.host, keys) as mount:
+        mount.read("large", 0, 10)
+        before, asked = mount.transfer("bytes_from_registry"), fetched(proxy)
+        for piece in range(8):
+            mount.read("large", 4 * MIB + piece * (128 << 10), 128 << 10)
+        mount.wait_for(lambda status: status["transfer"]["bytes_from_registry"] - before > 1.5 * MIB)
+        ranges = [item for item in fetched(proxy) if item not in asked and item[0] >= 64 << 10]
+        assert mount.transfer("bytes_read_ahead") > MIB / 2
+        assert max(end for _, end in ranges) - min(start for start, _ in ranges) <= 2 * MIB + 3 * 65536
+
+
 def assert_disjoint(ranges: list[tuple[int, int]]) -> None:
     """Nothing was downloaded twice. Small ranges are of the tree, another blob."""
     large = [item for item in ranges if item[0] >= 64 << 10]
