@@ -6,7 +6,7 @@ Everything heavy is imported by the functions that need it, so that help and com
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -270,36 +270,42 @@ def opened_artifact(
     memory: int | None = None,
     platform: str | None = None,
     auxiliary: bool = False,
+    meanwhile: str | None = None,
 ) -> Iterator[Artifact]:
     """An accepted and unwrapped artifact, closed at the end; warns of what its origin leaves open.
 
     `memory` is the plaintext that each volume may keep (bytes); `platform` chooses in an image index; `auxiliary` opens
-    the volumes, too, that only going back to an image needs. An image that was asked for by its platform, or chosen
-    by this machine's, is of that platform: its config says so.
+    the volumes, too, that only going back to an image needs; `meanwhile` is a module to load while the store is waited
+    for. An image that was asked for by its platform, or chosen by this machine's, is of that platform: its config says
+    so.
     Raises: as `encfs.artifact.open_artifact`; UnsupportedError for an image of another platform.
     """
     from encfs.artifact import open_artifact
+    from encfs.deferred import loaded_meanwhile
     from encfs.format.volume import DEFAULT_CACHE_SIZE
     from encfs.image.artifact import check_image_platform, choose_manifest, is_needed
 
     policy, wanted = trust.policy(), chosen_platform(platform)
-    with keys.providers() as providers, opened_source(reference, registry) as source:
-        document = source.document()
-        manifest = choose_manifest(source, document, wanted)
-        with open_artifact(
-            source,
-            keys=providers,
-            trust=policy,
-            cache_size=DEFAULT_CACHE_SIZE if memory is None else memory,
-            label=reference,
-            wanted=None if auxiliary else is_needed,
-            manifest=manifest,
-        ) as artifact:
-            # An index is signed by nobody: what it says of platforms has to be what the image says.
-            if platform is not None or manifest is not document:
-                check_image_platform(artifact, wanted)
-            warn_of_origin(terminal, artifact.origin)
-            yield artifact
+    with keys.providers() as providers, opened_source(reference, registry) as source, ExitStack() as stack:
+        with loaded_meanwhile(meanwhile) if meanwhile is not None else nullcontext():
+            document = source.document()
+            manifest = choose_manifest(source, document, wanted)
+            artifact = stack.enter_context(
+                open_artifact(
+                    source,
+                    keys=providers,
+                    trust=policy,
+                    cache_size=DEFAULT_CACHE_SIZE if memory is None else memory,
+                    label=reference,
+                    wanted=None if auxiliary else is_needed,
+                    manifest=manifest,
+                )
+            )
+        # An index is signed by nobody: what it says of platforms has to be what the image says.
+        if platform is not None or manifest is not document:
+            check_image_platform(artifact, wanted)
+        warn_of_origin(terminal, artifact.origin)
+        yield artifact
 
 
 def chosen_platform(text: str | None) -> Platform:

@@ -1,4 +1,4 @@
-"""Modules that a dependency imports and we never use: not loaded unless something of them is asked for after all.
+"""When modules are loaded: not at all, as long as only a dependency imports them; or while the network is awaited.
 
 importlib's `LazyLoader` does not help here: the import statement itself looks at a module's attributes, and loads it.
 """
@@ -6,8 +6,9 @@ importlib's `LazyLoader` does not help here: the import statement itself looks a
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from types import ModuleType
 
@@ -16,7 +17,11 @@ class _Deferred(ModuleType):
     """Stands where a module was imported, and gets attributes from the real one."""
 
     def __getattr__(self, name: str) -> object:
-        if name.startswith("__"):
+        if name == "__version__":  # compared by who imports it
+            from importlib.metadata import version
+
+            return version(self.__name__)
+        if name.startswith("__"):  # the import system looks for many
             raise AttributeError(name)
         return getattr(import_module(self.__name__), name)
 
@@ -34,3 +39,22 @@ def deferred(name: str) -> Iterator[None]:
     finally:
         if sys.modules.get(name) is stand_in:
             del sys.modules[name]
+
+
+@contextmanager
+def loaded_meanwhile(name: str) -> Iterator[None]:
+    """Import a module in a thread, which has ended when the block has.
+
+    It pays where the block waits for a network. Where the import fails, whoever imports the module is told.
+    """
+
+    def load() -> None:
+        with suppress(ImportError):
+            import_module(name)
+
+    thread = threading.Thread(target=load, name="encfs-load")
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()

@@ -2,50 +2,64 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+import gc
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, NoReturn
 
 from encfs import commandline
-from encfs.cli import (
-    advance,
-    approve,
-    attest,
-    cat,
-    csi_node,
-    extract,
-    ls,
-    mount,
-    providers,
-    run,
-    seal,
-    sidecar,
-    status,
-    umount,
-    unseal,
-)
+
+if TYPE_CHECKING:
+    import typer
+
+    app: typer.Typer
 
 PROGRAM = "encfs"
 
-app = commandline.application(PROGRAM, "Mount and read encrypted, verified artifacts.")
-for _module in (
-    mount,
-    run,
-    umount,
-    status,
-    ls,
-    cat,
-    extract,
-    seal,
-    unseal,
-    approve,
-    advance,
-    providers,
-    sidecar,
-    csi_node,
-):
-    commandline.add_module(app, _module)
-app.add_typer(attest.app)
+#: Objects made until the garbage collector looks at the young ones: starting makes many, and hardly any garbage.
+_ALLOCATIONS = 20_000
+
+_COMMANDS = [
+    "mount",
+    "run",
+    "umount",
+    "status",
+    "ls",
+    "cat",
+    "extract",
+    "seal",
+    "unseal",
+    "approve",
+    "advance",
+    "providers",
+    "sidecar",
+    "csi-node",
+]
+
+
+def application(words: Sequence[str] = ()) -> typer.Typer:
+    """The program; where `words` begin with the name of a command, this one alone, since the others take time."""
+    made = commandline.application(PROGRAM, "Mount and read encrypted, verified artifacts.")
+    named = next((word for word in words if not word.startswith("-")), "")
+    for name in [named] if named in _COMMANDS else _COMMANDS:
+        commandline.add_module(made, import_module(f"{__name__}.{name.replace('-', '_')}"))
+    if named not in _COMMANDS:
+        from encfs.cli import attest
+
+        made.add_typer(attest.app)
+    return made
+
+
+def __getattr__(name: str) -> object:
+    """All of the program, as `app`: made when it is asked for."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = application()
+    return globals()[name]
 
 
 def main() -> NoReturn:
     """Run the program with the arguments of the process."""
-    commandline.main(app, PROGRAM)
+    gc.set_threshold(_ALLOCATIONS)
+    commandline.main(application(sys.argv[1:]), PROGRAM)

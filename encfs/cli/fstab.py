@@ -69,7 +69,7 @@ def _words(option: str) -> list[str]:
 def main() -> NoReturn:
     """Run `encfs mount` for mount(8)."""
     from encfs import commandline
-    from encfs.cli import PROGRAM, app
+    from encfs.cli import PROGRAM, application
     from encfs.terminal import Settings, Terminal, run
 
     try:
@@ -83,4 +83,4 @@ def main() -> NoReturn:
             raise refused
 
         sys.exit(run(terminal, fail))
-    commandline.main(app, PROGRAM, words)
+    commandline.main(application(words), PROGRAM, words)

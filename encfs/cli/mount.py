@@ -117,8 +117,6 @@ def command(
     from encfs.image.artifact import image_parts
     from encfs.lazy import companion_for
     from encfs.mount import MountOptions, choose_shape, mount
-    from encfs.mount.handover import receive
-    from encfs.mount.supervisor import supervise
     from encfs.prefetching import parse_selection
 
     if upper is not None and not writable:
@@ -160,6 +158,8 @@ def command(
     if supervised:
         if fuse_fd is not None:
             raise UsageError("--supervise mounts by itself", hint="leave out --fuse-fd, or --supervise")
+        from encfs.mount.supervisor import supervise
+
         keys.check_repeatable()
         words = [sys.executable, "-P", "-c", "from encfs.cli import main; main()", "mount", "--progress", "none"]
         words += ["--debug"] * terminal.settings.debug
@@ -172,12 +172,23 @@ def command(
         supervise([*words, reference], directory, options, reference, report)
         return
     if fuse_fd is not None:
+        from encfs.mount.handover import receive
+
         handover = receive(fuse_fd)
     with ExitStack() as stack:
         if handover is not None:
             stack.enter_context(handover.reporting())
         artifact = stack.enter_context(
-            opened_artifact(terminal, reference, keys, trust, registry, memory=memory, platform=platform)
+            opened_artifact(
+                terminal,
+                reference,
+                keys,
+                trust,
+                registry,
+                memory=memory,
+                platform=platform,
+                meanwhile="encfs.mount.session",
+            )
         )
         if handover is not None:
             handover.check_content(artifact.content_digest)

@@ -254,8 +254,8 @@ class Session:
         self._announce_ready()
 
     def _announce_ready(self) -> None:
-        # What has lived until now lives to the end: the collector need not look at it again.
-        gc.collect()
+        # What has lived until now lives to the end: the collector need not look at it again. Nor now, since somebody
+        # waits for the first answer, and there is little to be found.
         gc.freeze()
         log.info("%s: mounted %s %s", self._plan.mountpoint, self._plan.reference, self._plan.content_digest)
         if self._plan.audit:

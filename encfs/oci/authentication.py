@@ -11,12 +11,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
-import oras.auth.base
-import requests
-
+from encfs.deferred import deferred
 from encfs.errors import AuthenticationError, TransportError
 from encfs.oci.credentials import Credential, find_credential
 from encfs.oci.http import (
@@ -32,6 +30,13 @@ from encfs.oci.http import (
 )
 from encfs.oci.retry import Patience
 from encfs.strictjson import show_name
+
+# requests guesses with it how texts are encoded, which we never ask for; it takes a while to load.
+with deferred("charset_normalizer"):
+    import oras.auth.base
+
+if TYPE_CHECKING:
+    import requests
 
 _MAX_TOKEN_ANSWER = 1 << 20
 _MAX_TOKEN = 64 << 10

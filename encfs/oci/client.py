@@ -10,9 +10,8 @@ import logging
 import threading
 from collections.abc import Mapping
 from json import dumps
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
-
-import requests
 
 from encfs.deferred import deferred
 from encfs.errors import AuthenticationError, EncfsError, TransportError
@@ -38,6 +37,9 @@ from encfs.oci.retry import Patience
 with deferred("jsonschema"):
     import oras.container
     import oras.provider
+
+if TYPE_CHECKING:
+    import requests
 
 log = logging.getLogger(__name__)
 

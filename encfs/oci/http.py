@@ -16,11 +16,9 @@ from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-import requests
-import requests.adapters
-import requests.utils
 import urllib3.exceptions
 
+from encfs.deferred import deferred
 from encfs.errors import (
     AuthenticationError,
     EncfsError,
@@ -35,6 +33,12 @@ from encfs.oci.deadlines import POOLS
 from encfs.oci.options import StoreOptions
 from encfs.oci.retry import Patience
 from encfs.strictjson import loads_object, show_name
+
+# requests guesses with it how texts are encoded, which we never ask for; it takes a while to load.
+with deferred("charset_normalizer"):
+    import requests
+    import requests.adapters
+    import requests.utils
 
 #: What one exchange may raise besides this project's errors; all of it can pass by itself.
 TRANSIENT = (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, HTTPException, OSError)

@@ -10,15 +10,16 @@ import logging
 import re
 import time
 from collections.abc import Iterator
-from typing import Protocol
-
-import requests
+from typing import TYPE_CHECKING, Protocol
 
 from encfs.errors import EncfsError, IntegrityError, TransportError
 from encfs.oci.blobs import Blob, Descriptor
 from encfs.oci.client import Client
 from encfs.oci.http import TRANSIENT, content_length, named_error, read_chunks
 from encfs.oci.retry import Patience
+
+if TYPE_CHECKING:
+    import requests
 
 log = logging.getLogger(__name__)
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit, urlunsplit
-
-import requests
 
 from encfs.errors import AuthenticationError, EncfsError, IntegrityError, NotFoundError, TransportError
 from encfs.oci.blobs import Descriptor
 from encfs.oci.client import Client
 from encfs.oci.http import Body, resolve, status_error
+
+if TYPE_CHECKING:
+    import requests
 
 Stream = Callable[[int], Iterator[bytes]]
 

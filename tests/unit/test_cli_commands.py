@@ -196,6 +196,18 @@ def test_help_and_version_load_nothing_heavy(program: str, words: list[str]) -> 
     assert not heavy & set(done.stderr.split())
 
 
+def test_a_command_alone_is_what_it_is_among_all() -> None:
+    for name in ("mount", "status", "csi-node"):
+        [alone] = click_commands(encfs.cli.application(["--json", name, "x"]))
+        assert alone == name
+    assert set(click_commands(encfs.cli.application(["no-command"]))) == set(click_commands(encfs.cli.app))
+    assert "attest" in click_commands(encfs.cli.application(["attest", "-h"]))
+
+
+def click_commands(app: Any) -> list[str]:
+    return list(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion(program: str, shell: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ print(second is sys.modules["colorsys"], second is not first, second.rgb_to_hsv 
     assert run(program) == "(0.0, 0.0, 0)\nTrue True True\n"
 
 
-@pytest.mark.parametrize("module", ["jsonschema"])
+@pytest.mark.parametrize("module", ["jsonschema", "charset_normalizer"])
 def test_registries_do_without(module: str) -> None:
     assert run(f"import sys, encfs.oci.registry; print({module!r} in sys.modules)") == "False\n"
 
@@ -37,3 +37,27 @@ def test_what_is_loaded_stays_as_it_is() -> None:
         "import colorsys; from encfs.deferred import deferred\nwith deferred('colorsys'):\n import colorsys as x\n"
     )
     assert run(f"{program}print(x is colorsys)") == "True\n"
+
+
+def test_a_deferred_module_tells_its_version_unloaded() -> None:
+    program = """
+import sys
+from encfs.deferred import deferred
+with deferred("typer"):
+    from typer import __version__ as stated
+print("typer" in sys.modules)
+import typer
+print(stated == typer.__version__)
+"""
+    assert run(program) == "False\nTrue\n"
+
+
+def test_a_module_is_loaded_while_something_else_is_done() -> None:
+    program = """
+import sys, threading
+from encfs.deferred import loaded_meanwhile
+with loaded_meanwhile("colorsys"), loaded_meanwhile("no_such_module"):
+    pass
+print("colorsys" in sys.modules, threading.active_count())
+"""
+    assert run(program) == "True 1\n"
