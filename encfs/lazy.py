@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from encfs.artifact import Artifact
-from encfs.oci.cached import CachedSource
 from encfs.oci.counters import TransferCounters
 from encfs.oci.lanes import Lanes
+from encfs.oci.layout import Layout
 from encfs.prefetching import Prefetch, Selection
 
 
@@ -44,6 +44,10 @@ def companion_for(artifact: Artifact, selection: Selection, *, rate: int | None 
     """What works beside the mount of `artifact`. Raises: UsageError, as `Prefetch`."""
     prefetch = Prefetch(artifact, selection, rate=rate)
     source = artifact.source
-    if isinstance(source, CachedSource):
-        return LazyReading(source.counters, prefetch, source.fetcher.lanes)
+    if not isinstance(source, Layout):
+        # The registry's client takes a while to load, and layouts do without it.
+        from encfs.oci.cached import CachedSource
+
+        if isinstance(source, CachedSource):
+            return LazyReading(source.counters, prefetch, source.fetcher.lanes)
     return LazyReading(TransferCounters(), prefetch, None)

@@ -23,9 +23,6 @@ from encfs.errors import EncfsError, IntegrityError, NotFoundError, StorageError
 from encfs.format.volume import VolumeReader
 from encfs.image.artifact import image_parts
 from encfs.image.stack import split
-from encfs.oci.cached import CachedSource
-from encfs.oci.fetching import FetchingBlob
-from encfs.oci.prefetch import check_room, require_cache
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +99,10 @@ class Prefetch:
         self._total = self._done = self._fetched = self._wrong = self._lost = self._absent = 0
         if selection.mode == "none":
             return
+        # The registry's client takes a while to load, and what is local does without it.
+        from encfs.oci.cached import CachedSource
+        from encfs.oci.prefetch import check_room, require_cache
+
         source = artifact.source
         if not isinstance(source, CachedSource):
             raise UsageError("--prefetch is for artifacts in a registry", hint="leave it out for what is local")
@@ -265,6 +266,8 @@ class Prefetch:
             self._note_done(run.size)
 
     def _fetch_range(self, blob: object, start: int, end: int) -> None:
+        from encfs.oci.fetching import FetchingBlob
+
         assert isinstance(blob, FetchingBlob)  # noqa: S101 - all of a CachedSource's are
         blob.prefetch(start, end, self._keep_pace)
 
