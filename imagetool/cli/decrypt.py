@@ -79,21 +79,20 @@ def _restore(
     from encfs.image.manifest import Platform
     from encfs.oci.reference import parse_reference
     from encfs.oci.store import open_sink
-    from imagetool.pipeline.decrypt_image import restore_image
+    from imagetool.pipeline.decrypt_image import check_restorable, restore_image
 
     destination = parse_reference(target)
-    with (
-        opened_artifact(terminal, reference, keys, trust, registry, platform=platform, auxiliary=True) as artifact,
-        closing(open_sink(destination, registry.store())) as sink,
-        terminal.progress() as progress,
-    ):
-        result = restore_image(
-            artifact,
-            sink,
-            compression=Compression("" if compression == "none" else compression),
-            tag=destination.tag,
-            progress=progress,
-        )
+    with opened_artifact(terminal, reference, keys, trust, registry, platform=platform, auxiliary=True) as artifact:
+        # Before a layout is made.
+        check_restorable(artifact)
+        with closing(open_sink(destination, registry.store())) as sink, terminal.progress() as progress:
+            result = restore_image(
+                artifact,
+                sink,
+                compression=Compression("" if compression == "none" else compression),
+                tag=destination.tag,
+                progress=progress,
+            )
     made_for = str(Platform(result.config.os, result.config.architecture, result.config.variant))
     took, size = format_duration(result.seconds), format_size(result.size)
     terminal.result(

@@ -49,6 +49,11 @@ class RestoredImage:
     seconds: float
 
 
+def check_restorable(artifact: Artifact) -> None:
+    """Before anything is made for it. Raises: as `restore_image`, where the artifact has not what an image needs."""
+    _image(artifact)
+
+
 def restore_image(
     artifact: Artifact,
     sink: BlobTarget,
@@ -63,15 +68,7 @@ def restore_image(
     FormatError, what the stores raise.
     """
     started = time.monotonic()
-    content = artifact.payload.image_config
-    if content is None:
-        raise UnsupportedError("the artifact is no container image", hint="decrypt it to a directory")
-    config = parse_image_config(content)
-    volumes = _volumes(artifact)
-    pairs = {
-        diff_id: (_named(volumes, LAYER_PREFIX + diff_id), _named(volumes, AUXILIARY_PREFIX + diff_id))
-        for diff_id in config.diff_ids
-    }
+    content, config, pairs = _image(artifact)
     progress.begin("decrypt", sum(layer.size for layer, _ in pairs.values()))
     tracked = TrackedSink(sink)
     size = 0
@@ -90,6 +87,20 @@ def restore_image(
         progress.end()
     stored_size = written.size + manifest.size + sum(layer.size for layer in layers.values())
     return RestoredImage(manifest, config, len(config.diff_ids), size, stored_size, time.monotonic() - started)
+
+
+def _image(artifact: Artifact) -> tuple[bytes, ImageConfig, dict[str, tuple[VolumeReader, VolumeReader]]]:
+    """The config, as it was and parsed, and the two volumes of each layer by its diff ID."""
+    content = artifact.payload.image_config
+    if content is None:
+        raise UnsupportedError("the artifact is no container image", hint="decrypt it to a directory")
+    config = parse_image_config(content)
+    volumes = _volumes(artifact)
+    pairs = {
+        diff_id: (_named(volumes, LAYER_PREFIX + diff_id), _named(volumes, AUXILIARY_PREFIX + diff_id))
+        for diff_id in config.diff_ids
+    }
+    return content, config, pairs
 
 
 def _volumes(artifact: Artifact) -> dict[str, VolumeReader]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from encfs.errors import WrongKeyError, WrongSignerError
+from encfs.errors import UnsupportedError, WrongKeyError, WrongSignerError
 from encfs.image.artifact import this_platform
 from encfs.image.compression import Compression
 from tests.integration.test_image_encrypt import archive, needs_skopeo, regular, symlink
@@ -166,3 +166,13 @@ def test_nothing_is_pushed_where_the_key_or_the_trust_is_wrong(owner: Owner) -> 
         done = owner.call("imagetool", "decrypt", encrypted, target, *words, PLAIN)
         assert done.returncode == error.exit_code, done.stderr
         assert "manifest unknown" in skopeo("inspect", "--tls-verify=false", "--raw", target, check=False)
+
+
+def test_what_is_no_image_leaves_no_layout(owner: Owner) -> None:
+    (owner.place / "files").mkdir()
+    (owner.place / "files/a").write_text("a file\n")
+    owner.encrypt("files", "oci:files-encrypted:v1")
+    done = owner.call("imagetool", "decrypt", "oci:files-encrypted:v1", "oci:no/layout:v1", *TRUST)
+    assert done.returncode == UnsupportedError.exit_code, done.stderr
+    assert "no container image" in done.stderr
+    assert not (owner.place / "no").exists()
