@@ -34,7 +34,20 @@ class Podman:
     def call(self, *words: object, stdin: bytes = b"") -> subprocess.CompletedProcess[str]:
         """Any command of it; what came out of it, whatever that is."""
         done = subprocess.run(
-            ["unshare", "-m", "sh", "-c", _SCRIPT, "sh", str(self.state), *map(str, words)],
+            # A pid namespace ends with podman: what it starts to clean up would write into the state that is removed.
+            [
+                "unshare",
+                "-m",
+                "--pid",
+                "--fork",
+                "--mount-proc",
+                "sh",
+                "-c",
+                _SCRIPT,
+                "sh",
+                str(self.state),
+                *map(str, words),
+            ],
             input=stdin,
             capture_output=True,
             timeout=200,
