@@ -1,4 +1,4 @@
-"""The examples of docs/python.md are run as they stand there."""
+"""The examples in Python of docs/python.md and the README are run as they stand there."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ from encfs.progress import NoProgress
 from imagetool.pipeline.encrypt import EncryptOptions, encrypt
 from tests.support.artifacts import make_keys
 
-PAGE = Path(__file__).parents[2] / "docs" / "python.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+ROOT = Path(__file__).parents[2]
+PAGES = ("docs/python.md", "README.md")
+EXAMPLES = [
+    (f"{page} {number}", text)
+    for page in PAGES
+    for number, text in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL))
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +43,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=[str(number) for number in range(len(EXAMPLES))])
-def test_example(example: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "example"), EXAMPLES, ids=[name for name, _ in EXAMPLES])
+def test_example(name: str, example: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    exec(compile(example, str(PAGE), "exec"), {"__name__": "example"})  # noqa: S102 - the project's own page
+    exec(compile(example, name, "exec"), {"__name__": "example"})  # noqa: S102 - the project's own page
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) >= 4
+    assert len(EXAMPLES) >= 5
