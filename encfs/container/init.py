@@ -117,7 +117,11 @@ def _report(channel: socket.socket, error: EncfsError | OSError) -> int:
     """Tell the process that serves why there is no container; the exit code."""
     if isinstance(error, OSError):
         error = MountError(f"the container cannot be set up: {error.strerror or error}")
-    channels.send(channel, channels.error_message(error))
+    try:
+        channels.send(channel, channels.error_message(error))
+    except (BrokenPipeError, ConnectionResetError):
+        # The process that serves has ended first, and has said why.
+        return error.exit_code
     return error.exit_code
 
 

@@ -160,6 +160,7 @@ def test_flat_and_nearly_empty_images(images: Images) -> None:
         (("-e", "NOT_SET_ANYWHERE"), (), 2, "is not set here"),
         (("--json",), (), 2, "leave --json out"),
         (("--platform", "linux/s390x"), (), 7, "the image is for linux/amd64, not for linux/s390x"),
+        (("--min-version", "9"), (), 33, "below the floor 9"),
     ],
 )
 def test_exit_codes(
