@@ -178,7 +178,7 @@ def end(pid: int) -> None:
         raise AssertionError(f"the daemon {pid} did not end with its mount")
 
 
-def wait_for_end(pid: int, seconds: float = 10.0) -> bool:
+def wait_for_end(pid: int, seconds: float = 30.0) -> bool:
     """Whether a process has ended within the time."""
     try:
         descriptor = os.pidfd_open(pid)
