@@ -79,9 +79,9 @@ class Images:
         return self.run(tag, *SHELL, *options, command=("-c", script), **more)  # type: ignore[arg-type]
 
     @contextmanager
-    def started(self, script: str, *options: str) -> Iterator[subprocess.Popen[str]]:
-        """A container whose command has said `ready`."""
-        words = self.words("app", *SHELL, *options, command=("-c", f"echo ready; {script}"))
+    def started(self, script: str, *options: str, first: str = ":") -> Iterator[subprocess.Popen[str]]:
+        """A container whose command has done `first`, and then said `ready`."""
+        words = self.words("app", *SHELL, *options, command=("-c", f"{first}; echo ready; {script}"))
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
             try:
                 assert process.stdout is not None
@@ -242,8 +242,8 @@ def test_privileges_are_not_gained_unless_asked_for(images: Images) -> None:
 
 
 def test_sigterm_is_the_images_stop_signal(images: Images) -> None:
-    trap = "trap 'echo stopped; exit 9' USR1; while :; do sleep 0.05; done"
-    with images.started(trap) as process:
+    trap = "trap 'echo stopped; exit 9' USR1"
+    with images.started("while :; do sleep 0.05; done", first=trap) as process:
         process.terminate()
         assert process.communicate(timeout=20)[0] == "stopped\n"
         assert process.returncode == 9
