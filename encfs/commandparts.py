@@ -47,6 +47,15 @@ PlatformOption = Annotated[
         show_default=False,
     ),
 ]
+IndexPlatformOption = Annotated[
+    str | None,
+    typer.Option(
+        "--platform",
+        metavar="OS/ARCH[/VARIANT]",
+        help="Of an image index only the artifact for this platform.  [default: all of them]",
+        show_default=False,
+    ),
+]
 RecursiveOption = Annotated[bool, typer.Option("-R", "--recursive", help="Also everything in its subdirectories.")]
 LongOption = Annotated[bool, typer.Option("-l", "--long", help="With mode, owner, size, time and link target.")]
 
@@ -311,9 +320,15 @@ def opened_artifact(
 def chosen_platform(text: str | None) -> Platform:
     """What `--platform` says, by default this machine's. Raises: UsageError."""
     from encfs.image.artifact import this_platform
+
+    return wanted_platform(text) or this_platform()
+
+
+def wanted_platform(text: str | None) -> Platform | None:
+    """What `--platform` says, where all artifacts of an index count without it. Raises: UsageError."""
     from encfs.image.manifest import parse_platform
 
-    return this_platform() if text is None else parse_platform(text)
+    return None if text is None else parse_platform(text)
 
 
 def warn_of_origin(terminal: Terminal, origin: Origin) -> None:

@@ -9,18 +9,25 @@ manifest it names, the decrypted config has to be for the platform that was aske
 from __future__ import annotations
 
 import platform as machine
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from encfs.artifact import Artifact
-from encfs.errors import FormatError, UnsupportedError
+from encfs.errors import EncfsError, FormatError, UnsupportedError, UsageError
 from encfs.format.volume import VolumeReader
 from encfs.image.config import ImageConfig, parse_image_config
-from encfs.image.manifest import INDEX_TYPES, Platform, chosen_entries, parse_image_index
+from encfs.image.manifest import INDEX_TYPES, IndexEntry, Platform, chosen_entries, parse_image_index
 from encfs.oci.blobs import BlobSource, RawManifest
 
 LAYER_PREFIX = "layer/"
 AUXILIARY_PREFIX = "tar/"
 FLAT_NAME = "rootfs"
+
+_Result = TypeVar("_Result")
+
+#: Manifests of an index that a message names.
+_SHOWN_ENTRIES = 8
 
 #: What uname(2) says, as container images call it. A variant where images for others do not run.
 _ARCHITECTURES = {
@@ -48,6 +55,70 @@ def choose_manifest(source: BlobSource, document: RawManifest, wanted: Platform)
         return document
     index = parse_image_index(document.content, document.media_type)
     return source.manifest(chosen_entries(index, [wanted])[0].descriptor.digest)
+
+
+def artifact_entries(document: RawManifest, wanted: Platform | None = None) -> list[IndexEntry] | None:
+    """The entries of an image index that are artifacts, or the one for a platform; None for what is no index.
+
+    Raises: UsageError where `wanted` is given and there is nothing to choose from, or nothing for it; FormatError;
+    UnsupportedError for an index within the index, or one without any artifact.
+    """
+    if document.media_type not in INDEX_TYPES:
+        if wanted is not None:
+            raise UsageError(
+                "--platform chooses in an image index, and the reference is a single artifact", hint="leave it out"
+            )
+        return None
+    index = parse_image_index(document.content, document.media_type)
+    entries = chosen_entries(index, [] if wanted is None else [wanted])
+    if any(entry.descriptor.media_type in INDEX_TYPES for entry in entries):
+        raise UnsupportedError("the image index has another index in it", hint="name one manifest by its digest")
+    if not entries:
+        raise UnsupportedError("the image index lists no artifact")
+    return entries if wanted is None else entries[:1]
+
+
+def for_each_artifact(
+    source: BlobSource,
+    document: RawManifest,
+    act: Callable[[RawManifest, Platform | None], _Result],
+    wanted: Platform | None = None,
+) -> Iterator[_Result]:
+    """What `act` makes of the manifest that a reference names, or of each in an image index, in the index's order.
+
+    `act` gets the platform that the index says a manifest is for (None where it says nothing, and without an index). It
+    is called as results are asked for, so that one manifest is in memory at a time. A failure says whose it is.
+    Raises: as `artifact_entries`; what the source and `act` raise.
+    """
+    entries = artifact_entries(document, wanted)
+    if entries is None:
+        yield act(document, None)
+        return
+    for entry in entries:
+        try:
+            result = act(source.manifest(entry.descriptor.digest), entry.platform)
+        except EncfsError as error:
+            raise type(error)(f"{_entry_name(entry)}: {error.message}", hint=error.hint) from error
+        yield result
+
+
+def check_pin_names_one(document: RawManifest, pin: str | None, wanted: Platform | None) -> None:
+    """Raises: UsageError where a pin, which is one artifact's content digest, is given for an index of several."""
+    if pin is None:
+        return
+    entries = artifact_entries(document, wanted)
+    if entries is not None and len(entries) > 1:
+        shown = ", ".join(_entry_name(entry) for entry in entries[:_SHOWN_ENTRIES])
+        more = ", …" if len(entries) > _SHOWN_ENTRIES else ""
+        raise UsageError(
+            f"--pin is the content digest of one artifact, and the reference is an index of {len(entries)}",
+            hint=f"choose one with --platform: {shown}{more}",
+        )
+
+
+def _entry_name(entry: IndexEntry) -> str:
+    digest = entry.descriptor.digest
+    return digest if entry.platform is None else f"{entry.platform} ({digest})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +162,16 @@ def check_image_platform(artifact: Artifact, wanted: Platform) -> None:
     """Raises: UnsupportedError where the artifact is a container image for another platform."""
     if artifact.payload.image_config is not None:
         check_platform(parse_image_config(artifact.payload.image_config), wanted)
+
+
+def check_listed_platform(config: ImageConfig, listed: Platform | None) -> None:
+    """Raises: FormatError where an image is not for the platform that an index, which nobody signed, lists it for.
+
+    The variant may be left out on either side.
+    """
+    actual = Platform(config.os, config.architecture, config.variant)
+    if listed is not None and not (actual.matches(listed) or listed.matches(actual)):
+        raise FormatError(f"what the image index lists for {listed} is for {actual}, as its config says")
 
 
 def require_config(parts: ImageParts) -> ImageConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import closing
 
-from encfs.commandparts import RegistryOptions, opened_source
+from encfs.commandparts import RegistryOptions, opened_source, wanted_platform
 from encfs.errors import UsageError
 from encfs.oci.reference import Transport, parse_reference
 from encfs.terminal import Terminal
@@ -18,20 +18,23 @@ def check_transport(reference: str, transport: Transport, hint: str) -> None:
         raise UsageError(f"{reference} is not of the form {transport}:…", hint=hint)
 
 
-def copy_reference(terminal: Terminal, source: str, destination: str, registry: RegistryOptions) -> None:
+def copy_reference(
+    terminal: Terminal, source: str, destination: str, platform: str | None, registry: RegistryOptions
+) -> None:
     """Copy an artifact between stores and print the outcome. Raises: UsageError, what the stores raise."""
-    from encfs.format.descriptor import parse_manifest
     from encfs.oci.store import open_sink
-    from imagetool.pipeline.copy import copy_artifact
+    from imagetool.pipeline.copy import check_copyable, copy_artifact
 
     started = time.monotonic()
-    target = parse_reference(destination)
+    target, wanted = parse_reference(destination), wanted_platform(platform)
     options = registry.store()
     with opened_source(source, registry) as origin:
         # Before anything is made at the destination.
-        parse_manifest(origin.manifest().content)
+        check_copyable(origin, origin.document(), wanted)
         with closing(open_sink(target, options)) as sink, terminal.progress() as progress:
-            result = copy_artifact(origin, sink, tag=target.tag, progress=progress, concurrency=options.concurrency)
+            result = copy_artifact(
+                origin, sink, tag=target.tag, wanted=wanted, progress=progress, concurrency=options.concurrency
+            )
     seconds = time.monotonic() - started
     size, took = format_size(result.copied_size), format_duration(seconds)
     terminal.result(

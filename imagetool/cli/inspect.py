@@ -5,27 +5,53 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from encfs.commandparts import ReferenceArgument, RegistryOptions, opened_source
+from encfs.commandparts import (
+    IndexPlatformOption,
+    ReferenceArgument,
+    RegistryOptions,
+    opened_source,
+    wanted_platform,
+)
 from encfs.terminal import Terminal
 from encfs.units import format_size
+from imagetool.cli.indexes import Told, tell
 
 if TYPE_CHECKING:
     from encfs.artifact import LoadedArtifact
+    from encfs.image.manifest import Platform
+    from encfs.oci.blobs import RawManifest
 
 
-def command(terminal: Terminal, reference: ReferenceArgument, registry: RegistryOptions) -> None:
-    """Show what is public of an artifact. Needs no key; nothing of it is proven."""
+def command(
+    terminal: Terminal,
+    reference: ReferenceArgument,
+    platform: IndexPlatformOption = None,
+    *,
+    registry: RegistryOptions,
+) -> None:
+    """Show what is public of an artifact. Of an image index all are shown. Needs no key; nothing of it is proven."""
     from encfs.artifact import load_artifact
+    from encfs.image.artifact import for_each_artifact
 
     with opened_source(reference, registry) as source:
-        artifact = load_artifact(source)
-    terminal.result(_document(reference, artifact), _lines(reference, artifact))
+
+        def told(manifest: RawManifest, listed: Platform | None) -> Told:
+            artifact = load_artifact(source, manifest)
+            return Told(listed, _document(artifact), list(_lines(reference, artifact)))
+
+        document = source.document()
+        tell(
+            terminal,
+            reference,
+            document,
+            platform,
+            for_each_artifact(source, document, told, wanted_platform(platform)),
+        )
 
 
-def _document(reference: str, artifact: LoadedArtifact) -> dict[str, object]:
+def _document(artifact: LoadedArtifact) -> dict[str, object]:
     content = artifact.content
     return {
-        "reference": reference,
         "content_digest": content.digest,
         "manifest_digest": artifact.manifest.digest,
         "id": content.id,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from contextlib import closing
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from encfs.commandparts import CacheOptions
+from encfs.commandparts import CacheOptions, IndexPlatformOption, wanted_platform
 from encfs.terminal import Terminal
+
+if TYPE_CHECKING:
+    from encfs.oci.blobs import Descriptor
 
 
 def command(
@@ -18,6 +21,7 @@ def command(
         str | None,
         typer.Argument(metavar="TO", help="oci:PATH[:TAG]; the ciphertext cache if left out.", show_default=False),
     ] = None,
+    platform: IndexPlatformOption = None,
     *,
     registry: CacheOptions,
 ) -> None:
@@ -28,36 +32,43 @@ def command(
         source, "docker", "pull takes docker://HOST/REPOSITORY[:TAG]; 'imagetool copy' takes any two places"
     )
     if destination is None:
-        _fill_cache(terminal, source, registry)
+        _fill_cache(terminal, source, platform, registry)
         return
     check_transport(destination, "oci", "pull goes to oci:PATH[:TAG]")
-    copy_reference(terminal, source, destination, registry.without_cache())
+    copy_reference(terminal, source, destination, platform, registry.without_cache())
 
 
-def _fill_cache(terminal: Terminal, reference: str, registry: CacheOptions) -> None:
+def _fill_cache(terminal: Terminal, reference: str, platform: str | None, registry: CacheOptions) -> None:
     import time
 
     from encfs.format.descriptor import parse_manifest
+    from encfs.image.artifact import for_each_artifact
     from encfs.oci.cached import CachedSource
     from encfs.oci.prefetch import fill_cache, require_cache
     from encfs.oci.reference import parse_reference
     from encfs.units import format_duration, format_size
+    from imagetool.pipeline.copy import artifact_blobs
 
     started = time.monotonic()
     options = registry.store()
     with closing(CachedSource(parse_reference(reference), options)) as source:
         require_cache(source)
-        manifest = source.manifest()
-        parsed = parse_manifest(manifest.content)
+        document = source.document()
+        named = document.digest
+        blobs: list[Descriptor] = []
+        for one in for_each_artifact(source, document, lambda manifest, _: manifest, wanted_platform(platform)):
+            blobs.extend(artifact_blobs(parse_manifest(one.content)))
+            if platform is not None:
+                named = one.digest
         with terminal.progress() as progress:
-            result = fill_cache(source, (parsed.config, *parsed.blobs), progress)
+            result = fill_cache(source, blobs, progress)
     seconds = time.monotonic() - started
     fetched, size = format_size(result.fetched), format_size(result.size)
     terminal.result(
         {
             "source": reference,
             "cache_dir": options.cache_dir,
-            "manifest_digest": manifest.digest,
+            "manifest_digest": named,
             "blobs": result.blobs,
             "size": result.size,
             "size_fetched": result.fetched,
@@ -65,6 +76,6 @@ def _fill_cache(terminal: Terminal, reference: str, registry: CacheOptions) -> N
         },
         [
             f"{options.cache_dir}: {result.blobs} blobs, {size}; {fetched} fetched in {format_duration(seconds)}",
-            f"manifest        {manifest.digest}",
+            f"manifest        {named}",
         ],
     )

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from encfs.commandparts import RegistryOptions
+from encfs.commandparts import IndexPlatformOption, RegistryOptions
 from encfs.terminal import Terminal
 
 
@@ -16,6 +16,8 @@ def command(
     destination: Annotated[
         str, typer.Argument(metavar="TO", help="docker://HOST/REPOSITORY[:TAG]", show_default=False)
     ],
+    platform: IndexPlatformOption = None,
+    *,
     registry: RegistryOptions,
 ) -> None:
     """Copy an artifact from a layout to a registry. Called again after an interruption, it skips what is there."""
@@ -23,4 +25,4 @@ def command(
 
     check_transport(source, "oci", "push takes oci:PATH[:TAG]; 'imagetool copy' takes any two places")
     check_transport(destination, "docker", "push goes to docker://HOST/REPOSITORY[:TAG]")
-    copy_reference(terminal, source, destination, registry)
+    copy_reference(terminal, source, destination, platform, registry)

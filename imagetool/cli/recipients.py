@@ -9,38 +9,53 @@ import typer
 
 from encfs.commandline import add_command
 from encfs.commandparts import (
+    IndexPlatformOption,
     KeyOptions,
     ReferenceArgument,
     RegistryOptions,
     TrustOptions,
     opened_source,
+    wanted_platform,
 )
 from encfs.errors import MissingKeyError
 from encfs.terminal import Terminal
 from imagetool.cli.editing import edited, report
 from imagetool.cli.encrypt import PassphraseFileOption, RecipientsOption, recipient_keys
+from imagetool.cli.indexes import Told, tell
 from imagetool.cli.inspect import recipient_lines, recipients_document
 
 if TYPE_CHECKING:
+    from encfs.image.manifest import Platform
     from encfs.keys.jwk import PublicKey
+    from encfs.oci.blobs import RawManifest
 
 app = typer.Typer(name="recipients", help="Show and change who can open an artifact.", rich_markup_mode=None)
 
 
-def list_recipients(terminal: Terminal, reference: ReferenceArgument, registry: RegistryOptions) -> None:
-    """List the recipients of an artifact. Needs no key; nothing of it is proven."""
+def list_recipients(
+    terminal: Terminal,
+    reference: ReferenceArgument,
+    platform: IndexPlatformOption = None,
+    *,
+    registry: RegistryOptions,
+) -> None:
+    """List the recipients of an artifact. Of an image index all are listed. Needs no key; nothing of it is proven."""
     from encfs.artifact import load_artifact
+    from encfs.image.artifact import for_each_artifact
 
     with opened_source(reference, registry) as source:
-        artifact = load_artifact(source)
-    terminal.result(
-        {
-            "reference": reference,
-            "content_digest": artifact.content_digest,
-            "recipients": recipients_document(artifact),
-        },
-        recipient_lines(artifact),
-    )
+
+        def told(manifest: RawManifest, listed: Platform | None) -> Told:
+            artifact = load_artifact(source, manifest)
+            members: dict[str, object] = {
+                "content_digest": artifact.content_digest,
+                "recipients": recipients_document(artifact),
+            }
+            return Told(listed, members, list(recipient_lines(artifact)))
+
+        document = source.document()
+        results = list(for_each_artifact(source, document, told, wanted_platform(platform)))
+    tell(terminal, reference, document, platform, results)
 
 
 def add(
@@ -48,6 +63,7 @@ def add(
     reference: ReferenceArgument,
     recipients: RecipientsOption = None,
     passphrase_file: PassphraseFileOption = None,
+    platform: IndexPlatformOption = None,
     *,
     keys: KeyOptions,
     trust: TrustOptions,
@@ -61,7 +77,15 @@ def add(
         if not added:
             raise MissingKeyError("no recipient was given", hint="pass -r KEY or --passphrase-file FILE")
         with keys.providers() as providers, edited(reference, registry) as artifact:
-            manifest = add_recipients(artifact.source, artifact.sink, providers, added, trust=policy, tag=artifact.tag)
+            manifest = add_recipients(
+                artifact.source,
+                artifact.sink,
+                providers,
+                added,
+                trust=policy,
+                tag=artifact.tag,
+                wanted=wanted_platform(platform),
+            )
     report(terminal, artifact, manifest, f"{len(added)} recipients added")
 
 
@@ -74,6 +98,8 @@ def remove(
             metavar="RECIPIENT", help="Its number or key id as 'list' shows them, or its key file.", show_default=False
         ),
     ],
+    platform: IndexPlatformOption = None,
+    *,
     trust: TrustOptions,
     registry: RegistryOptions,
 ) -> None:
@@ -83,7 +109,12 @@ def remove(
     policy = trust.policy()
     with edited(reference, registry) as artifact:
         manifest = remove_recipient(
-            artifact.source, artifact.sink, _selector(recipient), trust=policy, tag=artifact.tag
+            artifact.source,
+            artifact.sink,
+            _selector(recipient),
+            trust=policy,
+            tag=artifact.tag,
+            wanted=wanted_platform(platform),
         )
     terminal.warn(
         "a removed recipient may have kept the key; to revoke access encrypt a new version and raise --min-version"

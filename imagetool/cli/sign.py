@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from encfs.commandparts import ReferenceArgument, RegistryOptions, TrustOptions
+from encfs.commandparts import IndexPlatformOption, ReferenceArgument, RegistryOptions, TrustOptions, wanted_platform
 from encfs.terminal import Terminal
 from imagetool.cli.editing import edited, report
 
@@ -17,6 +17,8 @@ def command(
     key: Annotated[
         str, typer.Option("--key", metavar="KEY", help="The private signing key (JWK or PEM file).", show_default=False)
     ],
+    platform: IndexPlatformOption = None,
+    *,
     trust: TrustOptions,
     registry: RegistryOptions,
 ) -> None:
@@ -27,5 +29,7 @@ def command(
     policy = trust.policy()
     signer = load_signing_key(key)
     with edited(reference, registry) as artifact:
-        manifest = sign_artifact(artifact.source, artifact.sink, signer, trust=policy, tag=artifact.tag)
+        manifest = sign_artifact(
+            artifact.source, artifact.sink, signer, trust=policy, tag=artifact.tag, wanted=wanted_platform(platform)
+        )
     report(terminal, artifact, manifest, f"signed by {signer.kid}")

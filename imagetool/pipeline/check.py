@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from encfs.artifact import LoadedArtifact, load_artifact, open_payload, open_volume_blobs
 from encfs.format.verification import verify_volume
 from encfs.format.volume import VolumeReader
+from encfs.image.artifact import check_listed_platform
+from encfs.image.config import parse_image_config
+from encfs.image.manifest import Platform
+from encfs.keys.payload import Payload
 from encfs.keys.providers import KeyProvider
-from encfs.oci.blobs import BlobSource
+from encfs.oci.blobs import BlobSource, RawManifest
 from encfs.progress import Progress
 from encfs.trust import Origin, TrustPolicy
 
@@ -28,15 +32,25 @@ class VerifyResult:
 
 
 def verify(
-    source: BlobSource, *, keys: Sequence[KeyProvider] = (), trust: TrustPolicy | None, progress: Progress
+    source: BlobSource,
+    manifest: RawManifest | None = None,
+    *,
+    listed: Platform | None = None,
+    keys: Sequence[KeyProvider] = (),
+    trust: TrustPolicy | None,
+    progress: Progress,
 ) -> VerifyResult:
     """Check digests, roots, every node and frame; the origin if `trust` is given; decryption if `keys` are.
 
+    `manifest` is the artifact's where it was read before, as one of an image index is, `listed` the platform that the
+    index says it is for, which is checked where there are `keys`.
     Raises: IntegrityError, FormatError, TrustError's subclasses, key errors, what the source raises.
     """
-    artifact = load_artifact(source)
+    artifact = load_artifact(source, manifest)
     origin = artifact.check_trust(trust) if trust is not None else None
     payload = open_payload(artifact, keys) if keys else None
+    if payload is not None:
+        _check_platform(payload, listed)
     frames = stored = 0
     progress.begin("verify", sum(volume.stored_size for volume in artifact.content.volumes))
     try:
@@ -60,6 +74,11 @@ def verify(
     finally:
         progress.end()
     return VerifyResult(artifact, origin, frames, stored, payload is not None)
+
+
+def _check_platform(payload: Payload, listed: Platform | None) -> None:
+    if payload.image_config is not None:
+        check_listed_platform(parse_image_config(payload.image_config), listed)
 
 
 def _read_all(volume: VolumeReader, progress: Progress) -> None:

@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
 from encfs.errors import FormatError, UnsupportedError
+from encfs.image.artifact import check_listed_platform
 from encfs.image.compression import Compression, allowed_size, decompressed
 from encfs.image.config import MAX_CONFIG_SIZE, ImageConfig, parse_image_config
 from encfs.image.manifest import (
@@ -108,11 +109,7 @@ def load_images(source: BlobSource, platforms: Sequence[Platform] = ()) -> Sourc
     for entry in chosen_entries(image, platforms):
         content = source.document(entry.descriptor.digest).content
         loaded = _load_image(source, parse_image_manifest(content, entry.descriptor.media_type))
-        if entry.platform is not None and not _agree(entry.platform, loaded.platform):
-            raise FormatError(
-                f"the index says that {entry.descriptor.digest} is for {entry.platform}, its config that "
-                f"it is for {loaded.platform}"
-            )
+        check_listed_platform(loaded.parsed, entry.platform)
         images.append(loaded)
     if not images:
         raise UnsupportedError("the image index lists no image")
@@ -125,13 +122,6 @@ def single_image(image: SourceImage, platforms: Sequence[Platform]) -> SourceIma
         if not image.platform.matches(platform):
             raise UnsupportedError(f"the image is for {image.platform}, not for {platform}")
     return SourceImages((image,), is_index=False)
-
-
-def _agree(index: Platform, config: Platform) -> bool:
-    """The variant may be left out on either side."""
-    return (index.os, index.architecture) == (config.os, config.architecture) and (
-        not (index.variant and config.variant) or index.variant == config.variant
-    )
 
 
 def _load_image(source: BlobSource, manifest: ImageManifest) -> SourceImage:

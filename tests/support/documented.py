@@ -22,11 +22,13 @@ def shape(value: object) -> object:
     return "number" if isinstance(value, int | float) and not isinstance(value, bool) else type(value).__name__
 
 
-def documented(command: str) -> dict[str, object]:
+def documented(command: str, which: int = 0) -> dict[str, object]:
+    """The object that a command's section shows; `which` of several, from 0."""
     page = (ROOT / "docs" / "cli.md").read_text()
-    match = re.search(rf"^## {command}$.*?^```json$(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert match is not None
-    document = json.loads(match[1])
+    section = re.search(rf"^## {command}$(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    assert section is not None
+    shown = re.findall(r"^```json$(.*?)^```$", section[1], re.MULTILINE | re.DOTALL)
+    document = json.loads(shown[which])
     assert isinstance(document, dict)
     return document
 
