@@ -7,8 +7,6 @@ evidence. Source: AMD publication 57230, "VCEK Certificate and KDS Interface Spe
 
 from __future__ import annotations
 
-import threading
-import warnings
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache, lru_cache
@@ -17,7 +15,9 @@ from importlib.resources import files
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.utils import CryptographyDeprecationWarning
+
+from encfs.attestation.certificates import reading_certificates
+from encfs.errors import FormatError
 
 PRODUCTS = ("Milan", "Genoa", "Turin")
 
@@ -77,26 +77,32 @@ class _Issuers:
     not_after: datetime
 
 
-@lru_cache(maxsize=1024)
 def endorsement_key(der: bytes) -> EndorsementKey | str:
     """The key in a VCEK or VLEK certificate, or why the certificate is not accepted.
 
     The result is kept: a broker sees the same chips again and again.
     """
+    # Looked at first: what is too large must not be kept.
     if len(der) > MAX_CERTIFICATE_SIZE:
         return f"the endorsement certificate is larger than {MAX_CERTIFICATE_SIZE} bytes"
+    return _endorsement_key(der)
+
+
+@lru_cache(maxsize=1024)
+def _endorsement_key(der: bytes) -> EndorsementKey | str:
     try:
-        certificate = _load(der)
-        name = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)[0].value
-        issuer = certificate.issuer.get_attributes_for_oid(x509.NameOID.COMMON_NAME)[0].value
-        extensions = {
-            extension.oid.dotted_string: extension.value.value
-            for extension in certificate.extensions
-            if isinstance(extension.value, x509.UnrecognizedExtension)
-        }
-        key = certificate.public_key()
-    except (ValueError, IndexError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
-        return "an endorsement certificate is malformed"
+        with reading_certificates("an endorsement certificate"):
+            certificate = x509.load_der_x509_certificate(der)
+            name = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)[0].value
+            issuer = certificate.issuer.get_attributes_for_oid(x509.NameOID.COMMON_NAME)[0].value
+            extensions = {
+                extension.oid.dotted_string: extension.value.value
+                for extension in certificate.extensions
+                if isinstance(extension.value, x509.UnrecognizedExtension)
+            }
+            key = certificate.public_key()
+    except FormatError as error:
+        return error.message
     if name not in ("SEV-VCEK", "SEV-VLEK"):
         return "no VCEK or VLEK certificate"
     vlek = name == "SEV-VLEK"
@@ -140,16 +146,6 @@ def _issuers(product: str) -> _Issuers:
     for certificate in (ark, ask, asvk):
         certificate.verify_directly_issued_by(ark)
     return _Issuers(ask, asvk, min(ark.not_valid_after_utc, ask.not_valid_after_utc, asvk.not_valid_after_utc))
-
-
-_warnings_lock = threading.Lock()
-
-
-def _load(der: bytes) -> x509.Certificate:
-    # AMD gives endorsement certificates the serial number 0, of which the library warns.
-    with _warnings_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore", CryptographyDeprecationWarning)
-        return x509.load_der_x509_certificate(der)
 
 
 def _tcb(extensions: dict[str, bytes], product: str) -> Tcb:

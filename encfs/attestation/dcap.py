@@ -23,13 +23,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256
 
+from encfs.attestation.certificates import reading_certificates
 from encfs.attestation.cursor import Cursor
 from encfs.attestation.evidence import Endorsements, EvidenceKind
 from encfs.attestation.findings import Findings
 from encfs.attestation.policy import EvidencePolicy
-from encfs.attestation.quotes import SGX_BODY, SGX_FLAG_DEBUG, Quote
+from encfs.attestation.quotes import SGX_BODY, SGX_FLAG_DEBUG, Quote, td_is_migratable
 from encfs.attestation.verdict import Code
-from encfs.errors import UnsupportedError
+from encfs.errors import FormatError, UnsupportedError
 
 MAX_COLLATERAL_SIZE = 1 << 20
 
@@ -46,8 +47,6 @@ _QUOTING_ENCLAVES = {
     EvidenceKind.SGX: (bytes.fromhex("8c4f5775d796503e96137f77c68a829a0056ac8ded70140b081b094490c57bff"), 1),
     EvidenceKind.TDX: (bytes.fromhex("dc9e2a7c6f948f17474e34a7fc43ed030f7c1563f1babddf6340c82e0e54a8c5"), 2),
 }
-
-_TD_MIGRATABLE_BYTE, _TD_MIGRATABLE_BIT = 3, 1 << 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,15 +124,11 @@ def _claim(findings: Findings, quote: Quote) -> None:
         "mrsignerseam": body["mrsignerseam"].hex(),
         "attributes": body["td_attributes"].hex(),
         "xfam": body["xfam"].hex(),
-        "migration": _migratable(quote),
+        "migration": td_is_migratable(body["td_attributes"]),
         "tcb": body["tee_tcb_svn"].hex(),
     }
     if "mrservicetd" in body:
         findings.claims |= {"mrservicetd": body["mrservicetd"].hex()}
-
-
-def _migratable(quote: Quote) -> bool:
-    return bool(quote.body["td_attributes"][_TD_MIGRATABLE_BYTE] & _TD_MIGRATABLE_BIT)
 
 
 def _check_signatures(findings: Findings, quote: Quote, now: datetime) -> bool:
@@ -208,12 +203,13 @@ def _verify(key: ec.EllipticCurvePublicKey, signature: bytes, data: bytes) -> bo
 def _pck_key(pem: bytes) -> _PckKey | str:
     """The platform's key, where PCK certificate and intermediate CA lead to the pinned root; else why not."""
     try:
-        chain = x509.load_pem_x509_certificates(pem.rstrip(b"\0"))
-        names = [_common_name(certificate) for certificate in chain]
-        key = chain[0].public_key()
-        constraints = chain[1].extensions.get_extension_for_class(x509.BasicConstraints).value
-    except (ValueError, IndexError, x509.ExtensionNotFound, x509.DuplicateExtension):
-        return "the platform's certificates are malformed or incomplete"
+        with reading_certificates("a certificate of the platform"):
+            chain = x509.load_pem_x509_certificates(pem.rstrip(b"\0"))
+            names = [_common_name(certificate) for certificate in chain]
+            key = chain[0].public_key()
+            constraints = chain[1].extensions.get_extension_for_class(x509.BasicConstraints).value
+    except FormatError as error:
+        return f"{error.message}, or missing"
     if len(chain) > _MAX_CHAIN or names[0] != _PCK_NAME or names[1] not in _CA_NAMES or not constraints.ca:
         return "the platform's certificates are not those of an Intel platform"
     root = _root()
@@ -321,7 +317,9 @@ def _check_enclave(findings: Findings, quote: Quote, policy: EvidencePolicy) -> 
 
 def _check_domain(findings: Findings, quote: Quote, policy: EvidencePolicy) -> None:
     body = quote.body
-    if _migratable(quote) and not policy.allow_migration:
+    if any(body["mrsignerseam"]) or any(body["seam_attributes"]):
+        findings.refuse(Code.CHAIN, "the TDX module is not one of Intel's for production")
+    if td_is_migratable(body["td_attributes"]) and not policy.allow_migration:
         findings.refuse(Code.MIGRATION, "the trust domain may be migrated to another machine")
     findings.require_one(Code.MEASUREMENT, "measurement (MRTD)", body["mrtd"], policy.measurements)
     findings.require_one(Code.HOST_DATA, "configuration id", body["mrconfigid"], policy.host_data, ask=False)

@@ -11,6 +11,7 @@ from datetime import datetime
 
 from encfs.attestation.findings import Findings
 from encfs.attestation.policy import EvidencePolicy
+from encfs.attestation.quotes import td_is_inspectable, td_is_migratable
 from encfs.attestation.tokens import check_nonce, check_signature, parse_token
 from encfs.attestation.verdict import Code
 from encfs.encoding import hex_decode
@@ -18,7 +19,7 @@ from encfs.errors import FormatError
 
 _COMPLIANT = ("azure-compliant-cvm", "azure-compliant-uvm")
 _SNP, _TDX = "sevsnpvm", "tdxvm"
-_TD_ATTRIBUTE_DEBUG = 0x01
+_TD_ATTRIBUTES_SIZE = 8
 _SNP_TEXTS = {
     "measurement": "x-ms-sevsnpvm-launchmeasurement",
     "host_data": "x-ms-sevsnpvm-hostdata",
@@ -92,11 +93,19 @@ def _check_tdx(findings: Findings, tee: Mapping[str, object], policy: EvidencePo
     values = {name: _hex(tee, member) for name, member in _TDX_TEXTS.items()}
     findings.claims |= {name: value.hex() for name, value in values.items()}
     attributes = _hex(tee, "tdx_td_attributes")
-    debug = not attributes or bool(attributes[0] & _TD_ATTRIBUTE_DEBUG)
+    if len(attributes) != _TD_ATTRIBUTES_SIZE:
+        raise FormatError(f"tdx_td_attributes of the token is not {_TD_ATTRIBUTES_SIZE} bytes")
+    debug, migration = td_is_inspectable(attributes), td_is_migratable(attributes)
     rtmrs = {index: _hex(tee, f"tdx_rtmr{index}") for index in range(4)}
-    findings.claims |= {"debug": debug, "rtmrs": {str(index): value.hex() for index, value in rtmrs.items()}}
+    findings.claims |= {
+        "debug": debug,
+        "migration": migration,
+        "rtmrs": {str(index): value.hex() for index, value in rtmrs.items()},
+    }
     if debug and not policy.allow_debug:
         findings.refuse(Code.DEBUG, "the trust domain is in debug mode: its host can read its memory")
+    if migration and not policy.allow_migration:
+        findings.refuse(Code.MIGRATION, "the trust domain may be moved to another machine")
     status = tee.get("attester_tcb_status")
     findings.claims["tcb_status"] = str(status)
     if status not in policy.tcb_statuses:

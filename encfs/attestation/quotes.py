@@ -81,7 +81,19 @@ _BODIES = {
 }
 
 SGX_FLAG_DEBUG = 0x02
-TD_ATTRIBUTE_DEBUG = 0x01
+
+
+_TD_MIGRATABLE = 1 << 29
+
+
+def td_is_inspectable(attributes: bytes) -> bool:
+    """Whether TD_ATTRIBUTES let the host look inside: any bit of its first byte (TUD), debugging and profiling."""
+    return attributes[0] != 0
+
+
+def td_is_migratable(attributes: bytes) -> bool:
+    """Whether TD_ATTRIBUTES let the trust domain be moved to another machine."""
+    return bool(int.from_bytes(attributes, "little") & _TD_MIGRATABLE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +112,7 @@ class Quote:
     def debug(self) -> bool:
         if self.kind is EvidenceKind.SGX:
             return bool(self.body["attributes"][0] & SGX_FLAG_DEBUG)
-        return bool(self.body["td_attributes"][0] & TD_ATTRIBUTE_DEBUG)
+        return td_is_inspectable(self.body["td_attributes"])
 
 
 def quote_kind(data: bytes) -> EvidenceKind | None:

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_public_key,
 )
 
-from encfs.attestation.certificates import MAX_CERTIFICATES, der_certificates
+from encfs.attestation.certificates import MAX_CERTIFICATES, der_certificates, reading_certificates
 from encfs.attestation.evidence import MAX_EVIDENCE_SIZE
 from encfs.attestation.findings import Findings
 from encfs.attestation.policy import EvidencePolicy
@@ -100,12 +100,12 @@ def trusted_keys(content: bytes, what: str) -> tuple[bytes, ...]:
     text = content.strip()
     if text.startswith(b"{"):
         return _jwk_set(loads_object(text, limit=MAX_EVIDENCE_SIZE, what=what), what)
+    if not (blocks := _PUBLIC_PEM.findall(text)):
+        return tuple(_certificate_key(der, what) for der in der_certificates(content, what))
     try:
-        if blocks := _PUBLIC_PEM.findall(text):
-            return tuple(_der(load_pem_public_key(block)) for block in blocks[:_MAX_KEYS])
-        return tuple(_certificate_key(der) for der in der_certificates(content, what))
+        return tuple(_der(load_pem_public_key(block)) for block in blocks[:_MAX_KEYS])
     except (ValueError, UnsupportedAlgorithm):
-        raise FormatError(f"{what} holds a malformed key or certificate") from None
+        raise FormatError(f"{what} holds a malformed key") from None
 
 
 def check_signature(findings: Findings, token: Token, policy: EvidencePolicy, now: datetime) -> bool:
@@ -174,11 +174,12 @@ def _leaf(findings: Findings, chain: object, authorities: Sequence[bytes], now: 
         findings.refuse(Code.CHAIN, f"x5c of the token is not a list of 1 to {_MAX_CHAIN} certificates")
         return None
     try:
-        certificates = [x509.load_der_x509_certificate(_base64(one)) for one in chain]
-        roots = [x509.load_der_x509_certificate(der) for der in authorities]
-        issued = _is_issued(certificates, roots, now)
-        key = _fit(certificates[0].public_key())
-    except (ValueError, FormatError, UnsupportedAlgorithm):
+        with reading_certificates("a certificate of the token"):
+            certificates = [x509.load_der_x509_certificate(_base64(one)) for one in chain]
+            roots = [x509.load_der_x509_certificate(der) for der in authorities]
+            issued = _is_issued(certificates, roots, now)
+            key = _fit(certificates[0].public_key())
+    except FormatError:
         findings.refuse(Code.CHAIN, "x5c of the token has a malformed certificate")
         return None
     if not issued:
@@ -191,28 +192,36 @@ def _is_issued(chain: Sequence[x509.Certificate], roots: Sequence[x509.Certifica
     for at, certificate in enumerate(chain):
         if not certificate.not_valid_before_utc - LEEWAY <= now <= certificate.not_valid_after_utc + LEEWAY:
             return False
-        if at and not _is_authority(certificate):
+        if at and not _is_authority(certificate, at - 1):
             return False
-        if any(certificate == root for root in roots) or any(_issued_by(certificate, root) for root in roots):
+        if any(certificate == root for root in roots) or any(_issued_by(certificate, root, at) for root in roots):
             return True
-        if at + 1 == len(chain) or not _issued_by(certificate, chain[at + 1]):
+        if at + 1 == len(chain) or not _issued_by(certificate, chain[at + 1], at):
             return False
     return False
 
 
-def _issued_by(certificate: x509.Certificate, issuer: x509.Certificate) -> bool:
+def _issued_by(certificate: x509.Certificate, issuer: x509.Certificate, below: int) -> bool:
     try:
         certificate.verify_directly_issued_by(issuer)
     except (InvalidSignature, ValueError, TypeError):
         return False
-    return _is_authority(issuer)
+    return _is_authority(issuer, below)
 
 
-def _is_authority(certificate: x509.Certificate) -> bool:
+def _is_authority(certificate: x509.Certificate, below: int) -> bool:
+    """Whether it may issue certificates, with so many other authorities below it (RFC 5280, 4.2.1.9 and 4.2.1.3)."""
+    extensions = certificate.extensions
     try:
-        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+        constraints = extensions.get_extension_for_class(x509.BasicConstraints).value
     except x509.ExtensionNotFound:
         return False
+    if not constraints.ca or (constraints.path_length is not None and constraints.path_length < below):
+        return False
+    try:
+        return extensions.get_extension_for_class(x509.KeyUsage).value.key_cert_sign
+    except x509.ExtensionNotFound:
+        return True
 
 
 def _verifies(algorithm: str, key: Key, token: Token) -> bool:
@@ -247,7 +256,7 @@ def _jwk(members: object, what: str) -> bytes:
         if (chain := members.get("x5c")) is not None:
             if not isinstance(chain, list) or not 0 < len(chain) <= MAX_CERTIFICATES:
                 raise FormatError(f"x5c in {what} is no list of certificates")
-            return _certificate_key(_base64(chain[0]))
+            return _certificate_key(_base64(chain[0]), what)
         numbers = {
             name: int.from_bytes(b64url_decode(members[name], f"{name} in {what}"))
             for name in ("n", "e", "x", "y")
@@ -261,8 +270,9 @@ def _jwk(members: object, what: str) -> bytes:
         raise FormatError(f"{what} holds a JWK that is no RSA key and none on a NIST curve") from None
 
 
-def _certificate_key(der: bytes) -> bytes:
-    return _der(x509.load_der_x509_certificate(der).public_key())
+def _certificate_key(der: bytes, what: str) -> bytes:
+    with reading_certificates(f"a certificate in {what}"):
+        return _der(x509.load_der_x509_certificate(der).public_key())
 
 
 def _der(key: object) -> bytes:

@@ -152,12 +152,19 @@ def _from_der(content: bytes) -> object:
 def _certificate(content: bytes, *, pem: bool) -> Certificate:
     from cryptography import x509  # slow to import, and needed by few
 
+    from encfs.attestation.certificates import reading_certificates
+
     read = x509.load_pem_x509_certificate if pem else x509.load_der_x509_certificate
-    certificate = _tried(lambda: read(content))
-    key = _tried(certificate.public_key)
+    try:
+        with reading_certificates("the certificate"):
+            certificate = read(content)
+            key = certificate.public_key()
+            issuer = certificate.issuer.public_bytes()
+    except FormatError:
+        raise KeyFileError("is a malformed certificate, or one of a key of an unsupported type") from None
     if not isinstance(key, rsa.RSAPublicKey):
         raise KeyFileError("is a certificate without an RSA key, which PKCS #7 needs here")
-    return Certificate(certificate.issuer.public_bytes(), certificate.serial_number, _checked_rsa(key))
+    return Certificate(issuer, certificate.serial_number, _checked_rsa(key))
 
 
 def _tried(load: Callable[[], _Loaded]) -> _Loaded:

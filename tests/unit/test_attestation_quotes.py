@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import struct
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -125,3 +126,30 @@ def test_the_broker_protocols_form() -> None:
     for tee, kind, quote in (("tdx", EvidenceKind.TDX, TDX), ("sgx", EvidenceKind.SGX, SGX)):
         evidence = Evidence(kind, quote)
         assert from_kbs_evidence(tee, to_kbs_evidence(evidence)) == evidence
+
+
+def test_a_certificate_that_cannot_be_read_is_a_refusal() -> None:
+    chain = TDX.index(b"-----BEGIN CERTIFICATE-----")
+    pem = TDX[chain : TDX.index(b"-----END CERTIFICATE-----")]
+    der = base64.b64decode(b"".join(pem.split(b"\n")[1:]))
+    # The version, and the curve of the platform's key.
+    for known, unknown in (("a003020102", "a003020104"), ("06082a8648ce3d030107", "06082a8648ce3d03017e")):
+        changed = base64.b64encode(der.replace(bytes.fromhex(known), bytes.fromhex(unknown), 1))
+        lines = b"\n".join(changed[at : at + 64] for at in range(0, len(changed), 64))
+        quote = TDX.replace(pem, b"-----BEGIN CERTIFICATE-----\n" + lines + b"\n")
+        assert len(quote) == len(TDX)
+        assert judge(quote, policy=LENIENT).codes == ("chain",)
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_whatever_lets_the_host_look_into_a_trust_domain_is_debugging(bit: int) -> None:
+    changed = bytearray(TDX)
+    changed[48 + 120] |= 1 << bit
+    assert "debug" in judge(bytes(changed), policy=LENIENT).codes
+
+
+@pytest.mark.parametrize("offset", [64, 112])
+def test_a_module_that_is_not_intels(offset: int) -> None:
+    changed = bytearray(TDX)
+    changed[48 + offset] |= 1
+    assert judge(bytes(changed), policy=LENIENT).codes == ("signature", "chain")

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from encfs.attestation import amd
 from encfs.attestation.evidence import Endorsements, Evidence, EvidenceKind
 from encfs.attestation.kbs import digest_of_json, from_kbs_evidence, to_kbs_evidence
 from encfs.attestation.policy import EvidencePolicy, SnpTcbFloor
@@ -125,3 +126,23 @@ def test_every_signed_bit_counts(offset: int, bit: int) -> None:
     assert not verdict.accepted
     # Of a version, algorithm or key that is not known the signature is not looked at.
     assert {"signature", "unsupported", "algorithm", "missing"} & set(verdict.codes)
+
+
+# An object identifier of the certificate's own key, or its version, made one that nobody knows.
+P384, EC_KEY = bytes.fromhex("06052b81040022"), bytes.fromhex("06072a8648ce3d0201")
+VERSION_3, VERSION_5 = bytes.fromhex("a003020102"), bytes.fromhex("a003020104")
+
+
+@pytest.mark.parametrize(
+    ("known", "unknown"),
+    [(P384, P384[:-1] + b"\x7e"), (EC_KEY, EC_KEY[:-1] + b"\x7e"), (VERSION_3, VERSION_5)],
+)
+def test_a_certificate_that_cannot_be_read_is_a_refusal(known: bytes, unknown: bytes) -> None:
+    assert known in VCEK
+    assert judge(REPORT, VCEK.replace(known, unknown, 1)).codes == ("chain",)
+
+
+def test_what_is_too_large_for_a_certificate_is_not_kept() -> None:
+    before = amd._endorsement_key.cache_info().currsize
+    assert "larger than" in str(amd.endorsement_key(bytes(amd.MAX_CERTIFICATE_SIZE + 1)))
+    assert amd._endorsement_key.cache_info().currsize == before

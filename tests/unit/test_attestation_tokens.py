@@ -190,7 +190,13 @@ def test_every_character_counts(at: int, character: str) -> None:
 
 
 def certified(
-    key: Any, issuer: tuple[Any, x509.Certificate] | None = None, *, authority: bool = False, days: int = 365
+    key: Any,
+    issuer: tuple[Any, x509.Certificate] | None = None,
+    *,
+    authority: bool = False,
+    days: int = 365,
+    path_length: int | None = None,
+    usage: x509.KeyUsage | None = None,
 ) -> x509.Certificate:
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, f"test {x509.random_serial_number()}")])
     builder = (
@@ -201,8 +207,10 @@ def certified(
         .serial_number(x509.random_serial_number())
         .not_valid_before(EAR_NOW - timedelta(days=1))
         .not_valid_after(EAR_NOW + timedelta(days=days))
-        .add_extension(x509.BasicConstraints(ca=authority, path_length=None), critical=True)
+        .add_extension(x509.BasicConstraints(ca=authority, path_length=path_length), critical=True)
     )
+    if usage is not None:
+        builder = builder.add_extension(usage, critical=True)
     return builder.sign(issuer[0] if issuer else key, hashes.SHA256())
 
 
@@ -234,6 +242,16 @@ def test_certificates_in_the_token() -> None:
     plain = certified(middle_key, (root_key, root))
     assert codes(certified(EC_KEY, (middle_key, plain)), plain) == refused
     assert codes(certified(EC_KEY, (root_key, root), days=0)) == ()
+    # One that may issue no further authorities, or not sign certificates.
+    last = certified(middle_key, (root_key, root), authority=True, path_length=0)
+    under = certified(root_key, (middle_key, last), authority=True)
+    assert codes(certified(EC_KEY, (middle_key, last)), last) == ()
+    assert codes(certified(EC_KEY, (root_key, under)), under, last) == refused
+    no_signing = x509.KeyUsage(*[True, *[False] * 8])
+    odd = certified(middle_key, (root_key, root), authority=True, usage=no_signing)
+    assert codes(certified(EC_KEY, (middle_key, odd)), odd) == refused
+    unread = base64.b64encode(der(leaf).replace(bytes.fromhex("a003020102"), bytes.fromhex("a003020104"), 1)).decode()
+    assert judge(token(AFFIRMED, es256, "ES256", x5c=[unread]), policy, EAR_NOW).codes == refused
     late = certified(EC_KEY, (root_key, root))
     content = token(AFFIRMED | {"exp": EAR["exp"] + 10**9}, es256, "ES256", x5c=[certificate_text(late)])
     assert judge(content, policy, EAR_NOW + timedelta(days=400)).codes == refused
@@ -314,5 +332,10 @@ def test_a_token_about_tdx() -> None:
     assert judge(token(claims), replace(good, rtmrs={1: (bytes(48),)})).codes == ("rtmr",)
     debug = claims | {"x-ms-isolation-tee": tdx | {"tdx_td_attributes": "0100001000000000"}}
     assert judge(token(debug), good).codes == ("debug",)
+    moving = claims | {"x-ms-isolation-tee": tdx | {"tdx_td_attributes": "0000003000000000"}}
+    assert judge(token(moving), good).codes == ("migration",)
+    assert judge(token(moving), replace(good, allow_migration=True)).codes == ()
+    with pytest.raises(FormatError):
+        judge(token(claims | {"x-ms-isolation-tee": tdx | {"tdx_td_attributes": ""}}), good)
     old = claims | {"x-ms-isolation-tee": tdx | {"attester_tcb_status": "OutOfDate"}}
     assert judge(token(old), good).codes == ("tcb-status",)
