@@ -16,7 +16,7 @@ from typing import Any
 from encfs.encoding import b64_encode, parse_digest
 from encfs.errors import EncfsError, FormatError, KeyFileError
 from encfs.keys.files import decryption_key, parse_kek, parse_key
-from encfs.keys.jwk import PrivateKey
+from encfs.keys.jwk import Key, PrivateKey, PublicKey
 from encfs.keys.secrets import KEK_SIZE, SymmetricKey
 from encfs.strictjson import MAX_INTEGER, loads_object, show_name
 from encfs.trust import KeyBinding
@@ -41,16 +41,29 @@ class ReleasedKey:
 
 def parse_resource(content: bytes | bytearray, what: str) -> ReleasedKey:
     """`what` names the resource in messages; the caller wipes `content`. Raises: KeyFileError."""
+    key, binding = _parse(content, what)
+    return ReleasedKey(decryption_key(key, what), binding)
+
+
+def recipient_key(content: bytes | bytearray, what: str) -> PublicKey | SymmetricKey:
+    """The key to encrypt to, of what a resource holds or its public half; the caller wipes `content` and what it gets.
+
+    Refusals that stand beside the key are for who opens. Raises: KeyFileError.
+    """
+    key, _ = _parse(content, what)
+    return key.public if isinstance(key, PrivateKey) else key
+
+
+def _parse(content: bytes | bytearray, what: str) -> tuple[Key, KeyBinding]:
     if len(content) == KEK_SIZE:
-        return ReleasedKey(SymmetricKey(bytearray(content)), KeyBinding())
+        return SymmetricKey(bytearray(content)), KeyBinding()
     if not content.lstrip().startswith(b"{"):
-        key = parse_kek(content, what) or decryption_key(parse_key(content, what), what)
-        return ReleasedKey(key, KeyBinding())
+        return parse_kek(content, what) or parse_key(content, what), KeyBinding()
     try:
         document = loads_object(content, limit=_MAX_SIZE, what=what)
         if "key" not in document:
-            return ReleasedKey(decryption_key(parse_key(content, what), what), KeyBinding())
-        return ReleasedKey(_key(document["key"], what), _binding(document))
+            return parse_key(content, what), KeyBinding()
+        return _key(document["key"], what), _binding(document)
     except FormatError as error:
         raise KeyFileError(f"{what} is malformed: {error.message}") from None
 
@@ -73,10 +86,10 @@ def _binding(document: dict[str, object]) -> KeyBinding:
     return KeyBinding(artifact_id=_id(document), min_version=_min_version(document), pins=_pins(document.get("pins")))
 
 
-def _key(value: object, what: str) -> PrivateKey | SymmetricKey:
+def _key(value: object, what: str) -> Key:
     try:
         if isinstance(value, dict):
-            return decryption_key(parse_key(json.dumps(value).encode(), what), what)
+            return parse_key(json.dumps(value).encode(), what)
         if isinstance(value, str) and (kek := parse_kek(value.encode("utf-8", "replace"), what)) is not None:
             return kek
     except KeyFileError:

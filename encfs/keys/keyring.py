@@ -37,7 +37,7 @@ from encfs.errors import (
 from encfs.keys import recipients as _recipients
 from encfs.keys.jwk import PublicKey
 from encfs.keys.providers import KeyProvider
-from encfs.keys.recipients import CEK_SIZE, PBES2, Recipient, RecipientKey, WrappingService
+from encfs.keys.recipients import CEK_SIZE, PBES2, NamedKey, Recipient, RecipientKey, WrappingService
 from encfs.keys.secrets import Passphrase, SymmetricKey, wipe
 from encfs.strictjson import loads_object, show_name
 
@@ -286,7 +286,7 @@ def _wrap_all(
 
 def _kid(key: RecipientKey) -> str | None:
     match key:
-        case PublicKey() | SymmetricKey():
+        case PublicKey() | NamedKey() | SymmetricKey():
             return key.kid
         case Passphrase() | WrappingService():
             return None

@@ -89,7 +89,15 @@ class WrappingService:
     wrap: Callable[[bytearray], bytes] = field(repr=False)
 
 
-RecipientKey = PublicKey | SymmetricKey | Passphrase | WrappingService
+@dataclass(frozen=True, slots=True)
+class NamedKey:
+    """A public key whose private half a key service holds under the name `kid`, which readers look for."""
+
+    key: PublicKey
+    kid: str
+
+
+RecipientKey = PublicKey | NamedKey | SymmetricKey | Passphrase | WrappingService
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +166,9 @@ def wrap(cek: bytearray, key: RecipientKey, content_digest: str) -> dict[str, ob
             return _entry(PBES2, None, parameters, _wrap_once(_stretch(key, salt, ITERATIONS), cek))
         case WrappingService():
             return _entry(SERVICE, None, {"provider": key.name}, _wrap_by_service(key, cek, content_digest))
+        case NamedKey():
+            entry = wrap(cek, key.key, content_digest)
+            return entry | {"header": {**dict(entry["header"]), "kid": key.kid}}  # type: ignore[call-overload]
         case PublicKey():
             key.require(Use.ENCRYPT, f"the recipient key {key.kid}")
             if key.kind is KeyKind.RSA:
@@ -170,18 +181,24 @@ def wrap(cek: bytearray, key: RecipientKey, content_digest: str) -> dict[str, ob
 
 
 def unwrap_with_key(
-    key: UnwrappingKey | SymmetricKey, recipients: Sequence[Recipient], content_digest: str, name: str
+    key: UnwrappingKey | SymmetricKey,
+    recipients: Sequence[Recipient],
+    content_digest: str,
+    name: str,
+    *,
+    kid: str | None = None,
 ) -> bytearray:
     """The CEK (mutable, the caller wipes it) from the first recipient that `key` opens.
 
-    Recipients that carry its `kid` are tried first, then all others for keys of its kind. `name` stands for the key in
-    messages.
+    Recipients that carry its `kid`, or the one given (what a key service calls it), are tried first, then all others
+    for keys of its kind. `name` stands for the key in messages.
 
     Raises: WrongKeyError saying what was tried.
     """
     kind = "oct" if isinstance(key, SymmetricKey) else key.kind.value
     fitting = [recipient for recipient in recipients if recipient.kind == kind]
-    fitting.sort(key=lambda recipient: recipient.kid is None or recipient.kid != key.kid)
+    named = {key.kid, kid} - {None}
+    fitting.sort(key=lambda recipient: recipient.kid not in named)
     if isinstance(key, SymmetricKey):
         kek = key.secret
         return _first(fitting, lambda recipient: aes_key_unwrap(kek, recipient.encrypted_key), name, kind)
@@ -236,7 +253,8 @@ def mixes_post_quantum(recipients: Sequence[Recipient | RecipientKey]) -> bool:
     Symmetric keys and passphrases count as neither.
     """
     kinds = {recipient.kind for recipient in recipients if isinstance(recipient, Recipient)}
-    kinds |= {recipient.kind.value for recipient in recipients if isinstance(recipient, PublicKey)}
+    public = [recipient.key if isinstance(recipient, NamedKey) else recipient for recipient in recipients]
+    kinds |= {key.kind.value for key in public if isinstance(key, PublicKey)}
     return KeyKind.HYBRID.value in kinds and not kinds <= {KeyKind.HYBRID.value, "oct", "passphrase", "unknown"}
 
 

@@ -12,8 +12,9 @@ from sqlalchemy import Connection, delete, insert, select
 
 from encfs.artifact import LoadedArtifact, open_payload
 from encfs.errors import WrongKeyError
-from encfs.keys.recipients import Recipient, unwrap_with_key
-from encfs.keys.secrets import SymmetricKey
+from encfs.kbs.resource import recipient_key
+from encfs.keys.recipients import NamedKey, Recipient, unwrap_with_key
+from encfs.keys.secrets import SymmetricKey, wipe
 from imagetool.broker import log, state
 from imagetool.broker.opening import OpenedBroker
 from imagetool.broker.state import State
@@ -74,6 +75,24 @@ def held_key(opened: OpenedBroker, path: str) -> SymmetricKey:
     with opened.database.transaction(durable=False) as connection:
         current = state.load_state(connection, opened.vault)
         return SymmetricKey(state.open_key(connection, opened.vault, current, path), f"kbs:///{path}")
+
+
+def held_recipient(opened: OpenedBroker, path: str) -> NamedKey | SymmetricKey | None:
+    """What to encrypt to for consumers of a resource, which the caller wipes; None where the broker has none.
+
+    Raises: KeyFileError for an opaque resource that is no key.
+    """
+    with opened.database.transaction(durable=False) as connection:
+        current = state.load_state(connection, opened.vault)
+        if path not in current.entries:
+            return None
+        content = state.open_key(connection, opened.vault, current, path)
+    uri = f"kbs:///{path}"
+    try:
+        key = recipient_key(content, uri)
+    finally:
+        wipe(content)
+    return SymmetricKey(key.secret, uri) if isinstance(key, SymmetricKey) else NamedKey(key, uri)
 
 
 def floor_of(opened: OpenedBroker, path: str) -> int | None:

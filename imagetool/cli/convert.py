@@ -14,8 +14,8 @@ from encfs.commandparts import CacheOptions, KeyOptions, RegistryOptions, TrustO
 from encfs.errors import MissingKeyError, UsageError
 from encfs.terminal import Terminal
 from encfs.units import format_duration, format_size
-from imagetool.cli.encrypt import recipient_keys
 from imagetool.cli.ocicrypt import KekOption, PlatformsOption, opened_keys, opened_recipients
+from imagetool.cli.recipientkeys import recipient_keys
 
 if TYPE_CHECKING:
     from encfs.oci.blobs import Descriptor

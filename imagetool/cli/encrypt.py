@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,11 +11,7 @@ from encfs.commandparts import RegistryOptions
 from encfs.errors import FormatError, UsageError
 from encfs.terminal import Terminal
 from imagetool.cli.encrypting import Job, ReuseOptions, encrypt_image, encrypt_path
-
-if TYPE_CHECKING:
-    from encfs.keys.recipients import RecipientKey
-
-_SERVICE = "keyprovider:"
+from imagetool.cli.recipientkeys import recipient_keys
 
 RecipientsOption = Annotated[
     list[str] | None,
@@ -25,7 +19,8 @@ RecipientsOption = Annotated[
         "-r",
         "--recipient",
         metavar="KEY",
-        help="Encrypt to this key: a JWK or PEM file, kbs: or cdh: URI to fetch it from, keyprovider:NAME. Repeatable.",
+        help="Encrypt to this key: a JWK or PEM file, kbs:///REPOSITORY/TYPE/TAG?key=FILE (or broker=DIR, fetch=yes), "
+        "keyprovider:NAME. Repeatable.",
         show_default=False,
     ),
 ]
@@ -183,38 +178,3 @@ def _checked_frame_size(size: int | None) -> int:
     except FormatError as error:
         raise UsageError(f"--frame-size: {error.message}") from None
     return size
-
-
-@contextmanager
-def recipient_keys(
-    terminal: Terminal, paths: Sequence[str], passphrase_file: str | None
-) -> Iterator[list[RecipientKey]]:
-    """The keys to encrypt to; secrets among them are wiped at the end. Raises: KeyFileError, NotFoundError."""
-    from encfs.keyprovider.client import parse_service
-    from encfs.keys.files import load_recipient_key
-    from encfs.keys.jwk import PublicKey
-    from encfs.keys.providers import fetched_key
-    from encfs.keys.providers.passphrase import read_passphrase
-    from encfs.keys.recipients import WrappingService, mixes_post_quantum
-
-    with ExitStack() as stack:
-        keys: list[RecipientKey] = []
-        for path in paths:
-            if path.startswith(_SERVICE):
-                service = parse_service(path.removeprefix(_SERVICE))
-                keys.append(WrappingService(service.name, service.wrap))
-                continue
-            key = fetched_key(path) if path.startswith(("kbs:", "cdh:")) else load_recipient_key(path)
-            if not isinstance(key, PublicKey):
-                stack.callback(key.wipe)
-            keys.append(key)
-        if passphrase_file is not None:
-            standard_input = passphrase_file == "-"  # noqa: S105 -- the name of a file
-            passphrase = read_passphrase("fd=0" if standard_input else f"file={passphrase_file}")
-            stack.callback(passphrase.wipe)
-            keys.append(passphrase)
-        if mixes_post_quantum(keys):
-            terminal.warn(
-                "a post-quantum recipient stands beside one that is not: whoever breaks the weaker one reads everything"
-            )
-        yield keys

@@ -20,9 +20,10 @@ from encfs.commandparts import (
 from encfs.errors import MissingKeyError
 from encfs.terminal import Terminal
 from imagetool.cli.editing import edited, report
-from imagetool.cli.encrypt import PassphraseFileOption, RecipientsOption, recipient_keys
+from imagetool.cli.encrypt import PassphraseFileOption, RecipientsOption
 from imagetool.cli.indexes import Told, tell
 from imagetool.cli.inspect import recipient_lines, recipients_document
+from imagetool.cli.recipientkeys import recipient_keys
 
 if TYPE_CHECKING:
     from encfs.image.manifest import Platform

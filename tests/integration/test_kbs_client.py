@@ -304,7 +304,8 @@ def test_what_came_with_the_key_decides(
         program = Path(sys.executable).parent / words[0]
         return subprocess.run([program, *words[1:]], cwd=tmp_path, capture_output=True, check=False)
 
-    made = run("imagetool", "encrypt", "src", "oci:store:v3", "-r", uri, "--id", "acme/chat", "--artifact-version", "3")
+    words = ("-r", f"{uri}&fetch=yes", "--id", "acme/chat", "--artifact-version", "3")
+    made = run("imagetool", "encrypt", "src", "oci:store:v3", *words)
     assert made.returncode == 0, made.stderr
     server.resources[PATH] = encoded({"key": base64.b64encode(KEK).decode(), **refusal})
     read = run("encfs", "cat", "oci:store:v3", "file", "-k", uri, "--allow-unsigned")

@@ -55,7 +55,8 @@ class CdhProvider:
     def unwrap(self, recipients: Sequence[Recipient], content_digest: str) -> bytearray:
         if self._released is None:
             self._released = self._fetch()
-        return unwrap_with_key(self._released.key, recipients, content_digest, self.uri)
+        kid = self._path.uri if self._path is not None else None
+        return unwrap_with_key(self._released.key, recipients, content_digest, self.uri, kid=kid)
 
     def fetch(self) -> SymmetricKey:
         if self._released is None:

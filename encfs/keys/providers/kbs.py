@@ -29,7 +29,7 @@ from encfs.keys.recipients import Recipient, unwrap_with_key
 from encfs.keys.secrets import SymmetricKey, wipe
 from encfs.strictjson import show_name
 from encfs.trust import KeyBinding
-from encfs.webclient import Address, parse_address
+from encfs.webclient import parse_address
 
 _HINT = "write kbs:https://HOST:PORT/REPOSITORY/TYPE/TAG, with ?ca=FILE behind it for a private authority"
 _MAX_URI = 4096
@@ -69,7 +69,8 @@ class KbsProvider:
         return self._released.binding if self._released is not None else KeyBinding()
 
     def unwrap(self, recipients: Sequence[Recipient], content_digest: str) -> bytearray:
-        return unwrap_with_key(self._release(content_digest).key, recipients, content_digest, self.uri)
+        key = self._release(content_digest).key
+        return unwrap_with_key(key, recipients, content_digest, self.uri, kid=self._request.path.uri)
 
     def fetch(self) -> SymmetricKey:
         key = self._release(None).key
@@ -99,24 +100,29 @@ class KbsProvider:
         return self._released
 
 
+def split_front(front: str) -> tuple[str, ResourcePath]:
+    """The broker's address (empty where it is left out) and the resource, of what stands before a URI's options.
+
+    The last three names are the resource's; whatever stands before them is the broker's own path. Raises: KeyFileError.
+    """
+    if front.startswith("///"):
+        head, names = "", [front[3:]]
+    else:
+        head, *names = front.rsplit("/", 3)
+        if len(names) != 3 or not urlsplit(head).netloc:
+            raise KeyFileError("the kbs: URI has no host, or no path of three names", hint=_HINT)
+    try:
+        return head, parse_path("/".join(names))
+    except FormatError as error:
+        raise KeyFileError(error.message, hint=_HINT) from None
+
+
 def _parse(rest: str) -> _Request:
     if len(rest) > _MAX_URI or not rest.isascii() or not rest.isprintable():
         raise KeyFileError("the kbs: URI is too long or holds characters that do not belong there", hint=_HINT)
     front, _, query = rest.partition("?")
-    addresses: list[Address] = []
-    if front.startswith("///"):
-        text = front[3:]
-    else:
-        # The last three names are the resource's; whatever stands before them is the broker's own path.
-        head, *names = front.rsplit("/", 3)
-        text = "/".join(names)
-        if len(names) != 3 or not urlsplit(head).netloc:
-            raise KeyFileError("the kbs: URI has no host, or no path of three names", hint=_HINT)
-        addresses.append(parse_address(head))
-    try:
-        path = parse_path(text)
-    except FormatError as error:
-        raise KeyFileError(error.message, hint=_HINT) from None
+    head, path = split_front(front)
+    addresses = [parse_address(head)] if head else []
     ca_file: str | None = None
     tee, timeout = AUTOMATIC, DEFAULT_TIMEOUT
     ak: str | None = None

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from encfs.commandline import add_command
 from encfs.errors import KeyFileError, UsageError
 from encfs.terminal import Terminal
-from imagetool.cli.broker.parts import DirectoryArgument, ResourceArgument, changed, opened, resource_path
-
-if TYPE_CHECKING:
-    from sqlalchemy import Connection
-
-    from imagetool.broker.state import State
+from imagetool.cli.broker.parts import DirectoryArgument, ResourceArgument, add_key, changed, opened, resource_path
 
 app = typer.Typer(name="key", help="The keys that the broker releases.", rich_markup_mode=None)
 
@@ -67,17 +61,10 @@ def add(
         if not 0 < len(content) <= MAX_RESOURCE:
             raise UsageError("the resource is empty or too large")
 
-        def change(connection: Connection) -> tuple[State, Mapping[str, object]]:
-            now = broker.database.now(connection)
-            return state.add_key(connection, broker.vault, name, kind, content, now), {"kind": kind}
-
         try:
-            after = changed(broker, "key-added", name, change)
+            rule = add_key(terminal, broker, name, kind, content)
         finally:
             wipe(content)
-    rule = after.policy.rule_for(name)
-    if rule is None:
-        terminal.warn(f"no rule of the policy is for {name}: nobody gets it")
     terminal.result(
         {"path": name, "uri": f"kbs:///{name}", "kind": kind, "rule": rule.pattern if rule is not None else None},
         [f"kbs:///{name}: added" + (f", under the rule {rule.pattern}" if rule is not None else "")],

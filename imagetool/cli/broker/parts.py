@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from encfs.errors import UnsupportedError, UsageError
+from encfs.terminal import Terminal
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from imagetool.broker.opening import OpenedBroker
+    from imagetool.broker.policy import Rule
     from imagetool.broker.state import State
 
 DirectoryArgument = Annotated[
@@ -80,3 +82,17 @@ def changed(
         )
     broker.settle(state)
     return state
+
+
+def add_key(terminal: Terminal, broker: OpenedBroker, path: str, kind: str, content: bytes | bytearray) -> Rule | None:
+    """Put a key, which the caller wipes, into the broker: the rule that it is under. Raises: ConflictError."""
+    from imagetool.broker import state
+
+    def change(connection: Connection) -> tuple[State, Mapping[str, object]]:
+        now = broker.database.now(connection)
+        return state.add_key(connection, broker.vault, path, kind, content, now), {"kind": kind}
+
+    rule = changed(broker, "key-added", path, change).policy.rule_for(path)
+    if rule is None:
+        terminal.warn(f"no rule of the policy is for {path}: nobody gets it")
+    return rule
