@@ -198,6 +198,9 @@ def _check_quote(findings: Findings, evidence: AzureEvidence, key: rsa.RSAPublic
     else:
         findings.claims.pop("firmware", None)
     tpmquote.check_pcrs(findings, statement, signature, evidence.pcrs, policy)
+    if policy.pcrs and not policy.measurements and not policy.signers:
+        # Whoever has such hardware launches something of his own that vouches for a key of his own.
+        findings.refuse(Code.MEASUREMENT, "the policy asks about PCRs, and not which paravisor may state them")
     tpmquote.check_qualifying_data(findings, statement.extra_data, policy.report_data)
 
 

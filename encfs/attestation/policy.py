@@ -15,6 +15,10 @@ from encfs.attestation.evidence import EvidenceKind
 #: Every kind but `sample`.
 GENUINE_KINDS = frozenset(EvidenceKind) - {EvidenceKind.SAMPLE}
 
+_VIRTUAL_TPMS = frozenset({EvidenceKind.AZURE_SNP_VTPM, EvidenceKind.AZURE_TDX_VTPM})
+# Kinds whose launched software may be named by who signed it.
+_SIGNED = frozenset({EvidenceKind.SNP, EvidenceKind.SGX, EvidenceKind.AZURE_SNP_VTPM})
+
 
 @dataclass(frozen=True, slots=True)
 class SnpTcbFloor:
@@ -85,7 +89,16 @@ class EvidencePolicy:
     #: Values that claims of the verdict must have, by name, where no field above is about them.
     claims: Mapping[str, tuple[str | int | bool, ...]] = field(default_factory=dict)
 
-    @property
-    def identifies_workload(self) -> bool:
-        """Whether anything is asked that tells the owner's software from any other on genuine hardware."""
-        return bool(self.measurements or self.signers or self.host_data or self.pcrs or self.rtmrs or self.claims)
+    def lacks_identity(self, kind: EvidenceKind) -> str | None:
+        """What this policy must name so that evidence of a kind tells the owner's software from any other; else None.
+
+        The host chooses HOST_DATA, MRCONFIGID and CONFIGID for any software, and any software extends RTMRs: all of
+        them say something only beside what was launched. A virtual TPM is as good as the paravisor that was measured,
+        and that is the same for all of Azure's customers. Only for kinds of hardware.
+        """
+        launched = bool(self.measurements or (self.signers and kind in _SIGNED))
+        if kind in _VIRTUAL_TPMS:
+            return None if launched and self.pcrs else "measurements (of the paravisor) and pcrs"
+        if kind is EvidenceKind.TPM:
+            return None if self.pcrs else "pcrs"
+        return None if launched else "measurements or signers" if kind in _SIGNED else "measurements"

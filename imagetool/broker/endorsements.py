@@ -10,15 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509 import load_pem_x509_certificates
-
 from encfs.attestation import snp
 from encfs.attestation.amd import MAX_CERTIFICATE_SIZE, endorsement_key
+from encfs.attestation.certificates import MAX_CERTIFICATES, der_certificates
 from encfs.attestation.evidence import Endorsements, Evidence, EvidenceKind
 from encfs.errors import FormatError, NotFoundError
 
 _MAX_FILES = 10_000
+_MAX_FILE = 2 * MAX_CERTIFICATES * MAX_CERTIFICATE_SIZE
 _MAX_COLLATERAL = 1 << 20
 
 
@@ -30,12 +29,12 @@ class EndorsementStore:
     collateral: bytes | None = None
 
     def for_evidence(self, evidence: Evidence) -> Endorsements:
-        """What is known for evidence that brought none along."""
-        if evidence.kind is EvidenceKind.SNP and not evidence.endorsements.certificates:
+        """What is known for some evidence, beside what it brought along: that may be of no use."""
+        if evidence.kind is EvidenceKind.SNP:
             report = snp.parse_report(evidence.content)
             chip = report.chip_id if report.signing_key == "VCEK" else b""
             return Endorsements(self.certificates.get(chip, ()))
-        if evidence.kind in (EvidenceKind.TDX, EvidenceKind.SGX):
+        if evidence.kind in (EvidenceKind.TDX, EvidenceKind.SGX, EvidenceKind.AZURE_TDX_VTPM):
             return Endorsements(collateral=self.collateral)
         return Endorsements()
 
@@ -52,7 +51,9 @@ def load_endorsements(directory: Path | None) -> EndorsementStore:
         if path.name == "collateral.json":
             collateral = path.read_bytes()[: _MAX_COLLATERAL + 1]
         elif path.suffix in (".der", ".crt", ".cer", ".pem"):
-            for der in _certificates(path):
+            with path.open("rb") as stream:
+                content = stream.read(_MAX_FILE)
+            for der in der_certificates(content, str(path)):
                 key = endorsement_key(der)
                 if isinstance(key, str):
                     raise FormatError(f"{path}: {key}", hint="only VCEK and VLEK certificates belong there")
@@ -60,13 +61,3 @@ def load_endorsements(directory: Path | None) -> EndorsementStore:
     if collateral is not None and len(collateral) > _MAX_COLLATERAL:
         raise FormatError(f"collateral.json in {directory} is larger than {_MAX_COLLATERAL} bytes")
     return EndorsementStore(found, collateral)
-
-
-def _certificates(path: Path) -> list[bytes]:
-    content = path.read_bytes()[: 4 * MAX_CERTIFICATE_SIZE]
-    if not content.lstrip().startswith(b"-----"):
-        return [content]
-    try:
-        return [one.public_bytes(Encoding.DER) for one in load_pem_x509_certificates(content)]
-    except ValueError:
-        raise FormatError(f"{path} holds no certificate") from None

@@ -24,6 +24,7 @@ from datetime import datetime
 from typing import Any
 
 from encfs.attestation.evidence import EvidenceKind
+from encfs.attestation.kbs import TEE_NAMES
 from encfs.attestation.policy import EvidencePolicy
 from encfs.errors import FormatError
 from encfs.kbs.protocol import parse_path
@@ -154,10 +155,12 @@ def _rule(pattern: str, members: object) -> Rule:
     more = {name: _read(name, reader, members) for name, reader in policyfields.RULE_FIELDS.items() if name in members}
     any_workload = more.pop("any_workload", False)
     evidence = EvidencePolicy(**asked)
-    if kinds != (EvidenceKind.SAMPLE,) and not (evidence.identifies_workload or any_workload):
-        raise _FieldError(
-            "", "it accepts any software: name measurements, signers, host_data, pcrs or rtmrs, or any_workload = true"
-        )
+    for kind in kinds:
+        if kind is not EvidenceKind.SAMPLE and not any_workload and (wanted := evidence.lacks_identity(kind)):
+            raise _FieldError(
+                "",
+                f"it accepts any software of {TEE_NAMES[kind]}: name {wanted}, or any_workload = true if it is meant",
+            )
     if EvidenceKind.TPM in kinds and not evidence.attestation_keys:
         raise _FieldError("", "a TPM is trusted by its attestation key: attestation_keys is needed")
     if len(more.get("content_digests", ())) > MAX_PINS:

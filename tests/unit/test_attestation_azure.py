@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,8 @@ def test_what_the_policy_asks_of_hardware_and_pcrs() -> None:
     assert judge(SNP, good).codes == ()
     assert judge(SNP, EvidencePolicy(measurements=(bytes(48),), pcrs={4: (bytes(32),)})).codes == ("measurement", "pcr")
     assert judge(SNP, EvidencePolicy(kinds=frozenset({EvidenceKind.SNP}))).codes == ("kind",)
+    # PCRs are the paravisor's word: without its measurement anybody's guest could vouch for anybody's key.
+    assert judge(SNP, replace(good, measurements=())).codes == ("measurement",)
     # Without collateral nobody knows of a TDX platform's firmware.
     assert judge(TDX, EvidencePolicy()).codes == ("missing",)
 

@@ -36,6 +36,8 @@ tee = "snp"
 signers = "{"44" * 48}"
 """
 
+HEX_32, HEX_48 = "00" * 32, "00" * 48
+
 
 def test_a_whole_policy() -> None:
     policy = parse_policy(WHOLE)
@@ -102,6 +104,14 @@ def test_rules_have_digests_of_all_that_they_say() -> None:
         ('[key."a/b/c"]\ntee = "abacus"', r"line 2, .* tee: the TEE 'abacus'"),
         ('[key."a/b/c"]\ntee = []', "holds no value"),
         ('[key."a/b/c"]\ntee = "snp"', "accepts any software"),
+        (f'[key."a/b/c"]\ntee = "snp"\nhost_data = "{HEX_32}"', "of snp: name measurements or signers,"),
+        (f'[key."a/b/c"]\ntee = "sgx"\nhost_data = "{HEX_32}"', "of sgx: name measurements or signers,"),
+        (f'[key."a/b/c"]\ntee = "tdx"\nhost_data = "{HEX_48}"', "of tdx: name measurements,"),
+        (f'[key."a/b/c"]\ntee = "tdx"\nrtmrs.1 = "{HEX_48}"', "of tdx: name measurements,"),
+        (f'[key."a/b/c"]\ntee = ["sgx", "tdx"]\nsigners = "{HEX_32}"', "of tdx: name measurements,"),
+        (f'[key."a/b/c"]\ntee = "az-snp-vtpm"\npcrs.7 = "{HEX_32}"', "of az-snp-vtpm: name measurements .of the"),
+        (f'[key."a/b/c"]\ntee = "az-tdx-vtpm"\nmeasurements = "{HEX_48}"', "of az-tdx-vtpm: name .* and pcrs"),
+        (f'[key."a/b/c"]\ntee = ["snp", "sample"]\nhost_data = "{HEX_32}"', "accepts any software of snp"),
         ('[key."a/b/c"]\ntee = "tpm"\npcrs.7 = "' + "00" * 32 + '"', "attestation_keys is needed"),
         ('[key."a/b/c"]\ntee = "snp"\n\nmesurements = ["00"]', r"line 4, .* mesurements: it is not known"),
         ('[key."a/b/c"]\ntee = "snp"\nmeasurements = []', "an empty list would allow anything"),
