@@ -140,6 +140,8 @@ class WebClient:
             connection.request(method, self.address.path + path, body=body, headers=sent)
             response = connection.getresponse()
             content = self._read(response, limit)
+            if self._deadline.left <= 0:  # it was cut off, and http.client takes the end of headers for an empty line
+                raise TimeoutError
             answer = Answer(response.status, response.headers, content)
             if response.will_close:
                 self.close()
@@ -166,6 +168,8 @@ class WebClient:
         content = response.read(limit + 1)
         if len(content) > limit:
             raise TransportError(f"{self.address} answers with more than {limit} bytes")
+        if response.length:  # what is still to come: read() takes an early end for the end
+            raise http.client.IncompleteRead(content, response.length)
         return content
 
     def _connected(self, left: float) -> http.client.HTTPConnection:
