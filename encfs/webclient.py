@@ -140,8 +140,6 @@ class WebClient:
             connection.request(method, self.address.path + path, body=body, headers=sent)
             response = connection.getresponse()
             content = self._read(response, limit)
-            if self._deadline.left <= 0:  # it was cut off, and http.client takes the end of headers for an empty line
-                raise TimeoutError
             answer = Answer(response.status, response.headers, content)
             if response.will_close:
                 self.close()
@@ -168,8 +166,11 @@ class WebClient:
         content = response.read(limit + 1)
         if len(content) > limit:
             raise TransportError(f"{self.address} answers with more than {limit} bytes")
-        if response.length:  # what is still to come: read() takes an early end for the end
+        # What is still to come: read() takes an early end for the end, and headers end with the connection, too.
+        if response.length:
             raise http.client.IncompleteRead(content, response.length)
+        if self._deadline.left <= 0:
+            raise TransportTimeoutError(f"{self.address} gave no answer in time")
         return content
 
     def _connected(self, left: float) -> http.client.HTTPConnection:
