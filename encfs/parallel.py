@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from encfs.format.plaintext import Volume
+from encfs.memory import populate
 
 #: Bytes that one thread takes at a time: a multiple of every frame size that pays.
 PIECE_SIZE = 4 << 20
@@ -25,8 +26,9 @@ Range = tuple[int, memoryview]
 
 
 def default_threads() -> int:
-    """One more than there are processors, since a thread may wait for the store; 9 at most."""
-    return min(8, os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0))) + 1
+    """As many as there are processors, from 2 (one may wait for the store) to 8: more get in each other's way."""
+    count = os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0))
+    return max(2, min(8, count or 1))
 
 
 class ParallelReader:
@@ -67,6 +69,10 @@ class ParallelReader:
         if self.volume.read_into(offset, buffer) != len(buffer):
             raise ValueError("the range to read ends beyond the image")
 
+    def _fill_piece(self, offset: int, buffer: memoryview) -> None:
+        populate(buffer)
+        self._fill(offset, buffer)
+
     def _fill_in_threads(self, pieces: Iterator[Range]) -> None:
         with self._lock:
             if self._pool is None:
@@ -75,7 +81,7 @@ class ParallelReader:
         waiting: set[Future[None]] = set()
         try:
             for offset, buffer in pieces:
-                waiting.add(pool.submit(self._fill, offset, buffer))
+                waiting.add(pool.submit(self._fill_piece, offset, buffer))
                 if len(waiting) >= _QUEUED:
                     done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                     for future in done:

@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, SupportsIndex
 
 from encfs.errors import FormatError, NotFoundError, UnsupportedError, UsageError
+from encfs.memory import fresh_bytes
 
 if TYPE_CHECKING:
     from encfs.api import Artifact
@@ -38,6 +39,8 @@ _MAX_HEADER = 100_000_000
 #: Bytes of an index of shards at most.
 _MAX_INDEX = 64 << 20
 _MAX_RANK = 64
+#: Bytes from which an array has pages of its own.
+_LARGE = 1 << 20
 #: Safetensors' name of a type: bits of one element, NumPy's name, PyTorch's name (None where it has none).
 _TYPES: dict[str, tuple[int, str | None, str | None]] = {
     "BOOL": (8, "bool", "bool"),
@@ -337,7 +340,11 @@ class _NumpyArrays:
         name = _TYPES[dtype][1]
         if name is None:
             raise UnsupportedError(f"NumPy has no type {dtype}", hint='pass framework="pt" to load it with PyTorch')
-        array = np.empty(shape, dtype=name)
+        size = math.prod(shape) * np.dtype(name).itemsize
+        if size < _LARGE:
+            array = np.empty(shape, dtype=name)
+        else:
+            array = np.frombuffer(fresh_bytes(size), dtype=name).reshape(shape)
         return _Array(array, array.reshape(-1).view(np.uint8).data)
 
 
