@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19}|\*)", re.ASCII)
 _RANGE_STATUSES = frozenset({200, 206, 416})
+#: Bytes that have to arrive within the time allowed. Less buys no more time: who drips would keep a reader for ever.
+_LEAST_PROGRESS = 128 << 10
 #: Seconds for which the address that a registry redirected to is asked directly; such addresses are signed for minutes.
 _DIRECT_SECONDS = 60.0
 
@@ -80,10 +82,14 @@ class RemoteBlob:
             raise IntegrityError(f"{self._name} is shorter than it claims")
 
     def pieces(self, offset: int, size: int) -> Iterator[tuple[int, bytes]]:
-        """As `RangeBlob.pieces`, in order; resumed where the connection is cut, as long as the time allows."""
+        """As `RangeBlob.pieces`, in order; resumed where the connection is cut, as long as the time allows.
+
+        The time begins anew with every 128 KiB that arrive.
+        """
         self._check(offset, size)
         patience = self._client.patience()
         done, end = offset, offset + size
+        arrived = 0
         while done < end:
             response = self._request(done, end, patience)
             position = self._start(response, done, end)
@@ -96,9 +102,13 @@ class RemoteBlob:
                     self._client.counters.add("bytes_from_registry", len(chunk))
                     yield position, chunk
                     position += len(chunk)
+                    arrived += len(chunk)
                     if position > done:
                         done = position
-                        patience.renew()
+                        patience.forget_failures()
+                    if arrived >= _LEAST_PROGRESS:
+                        arrived = 0
+                        patience.extend()
             except TRANSIENT as problem:
                 error, _ = named_error(problem, response.url)
             else:

@@ -45,6 +45,10 @@ class Patience:
     def renew(self) -> None:
         """Something was achieved: the budget begins anew."""
         self.extend()
+        self.forget_failures()
+
+    def forget_failures(self) -> None:
+        """Something, however little, was achieved since the last failure; the time goes on running."""
         self._failures = 0
 
     def extend(self) -> None:

@@ -119,6 +119,7 @@ ENDLESS = {
     "dripping line": stream(b"HTTP/1.1 200 OK\r\nX-Header: ", b"x", 0.2),
     "dripping headers": stream(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n", 0.5),
     "dripping body": stream(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n", b"x", 0.2),
+    "dripping blob": stream(b"HTTP/1.1 200 OK\r\nContent-Length: 4194304\r\n\r\n", b"x" * 100, 0.2),
     "dripping chunk size": stream(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"0", 0.2),
     "dripping interim answers": stream(b"", b"HTTP/1.1 100 Continue\r\n\r\n", 0.2),
     "not HTTP": stream(b"", b"SSH-2.0-OpenSSH\r\n" * 1000),
