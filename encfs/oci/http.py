@@ -307,7 +307,7 @@ def retry_after(response: requests.Response) -> float:
 
         try:
             return min(max(0.0, parsedate_to_datetime(text).timestamp() - time.time()), _LONGEST_RETRY_AFTER)
-        except ValueError:
+        except (ValueError, OverflowError):
             return 0.0
     return 0.0
 
