@@ -233,7 +233,10 @@ def _rows(index: object, length: int) -> tuple[int, int, int | slice] | None:
         return min(chosen), max(chosen) + 1, slice(None, None, chosen.step)
     if isinstance(index, bool) or not isinstance(index, SupportsIndex):
         return None
-    position = operator.index(index)
+    try:
+        position = operator.index(index)
+    except TypeError:  # an array of indexes
+        return None
     if not -length <= position < length:
         raise IndexError(f"index {position} is out of range for an axis of {length}")
     return position % length, position % length + 1, 0
@@ -274,10 +277,15 @@ def _tensor(name: str, value: object, data_offset: int, path: str) -> TensorInfo
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{where} has other members than dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str):
+        raise FormatError(f"{where} has a dtype that is no text")
     if dtype not in _TYPES:
-        raise UnsupportedError(f"{where} is of type {str(dtype)[:40]!r}, which is not supported")
+        raise UnsupportedError(f"{where} is of type {dtype[:40]!r}, which is not supported")
     if not _naturals(shape) or len(shape) > _MAX_RANK or not _naturals(offsets) or len(offsets) != 2:
         raise FormatError(f"{where} has a malformed shape or place")
+    # Frameworks reckon so, too: without the dimensions that are zero.
+    if math.prod(max(1, length) for length in shape) * _TYPES[dtype][0] // 8 >= 1 << 63:
+        raise FormatError(f"{where} has a shape that no memory has")
     start, end = offsets
     if end - start != math.prod(shape) * _TYPES[dtype][0] // 8:
         raise FormatError(f"{where} has {end - start} bytes, other than its shape needs")

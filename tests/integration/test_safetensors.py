@@ -121,6 +121,9 @@ def test_safe_open_reads_single_tensors_and_slices(stored: Stored, tree: Path) -
         st.just(np.s_[..., 1]),
         st.just(np.int64(3)),
         st.just([1, 2]),
+        st.just(np.array([4, 0])),
+        st.just(np.arange(7) % 2 == 0),
+        st.just(np.array(3)),
     )
 )
 @settings(max_examples=60)
@@ -233,6 +236,9 @@ def header(**changes: Any) -> dict[str, Any]:
         header(shape=[2.0]),
         header(shape="2"),
         header(shape=[1] * 65),
+        header(shape=[0, 1 << 62], data_offsets=[0, 0]),
+        header(dtype="BOOL", shape=[0, 1 << 40, 1 << 40], data_offsets=[0, 0]),
+        header(dtype=[]),
         header(data_offsets=[0]),
         header(data_offsets=[8, 0]),
         header(data_offsets=[0, 1 << 70]),
