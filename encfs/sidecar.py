@@ -7,7 +7,7 @@ Not here: the descriptor (`encfs.mount.handover`).
 
 from __future__ import annotations
 
-import fnmatch
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -99,7 +99,7 @@ def narrow(config: SidecarConfig, attributes: Mapping[str, str]) -> Request:
     asked = check_attributes(attributes)
     references = [one for one in config.references if "*" not in one]
     reference = asked.get("reference") or _only(references, "reference")
-    if not any(fnmatch.fnmatchcase(reference, pattern) for pattern in config.references):
+    if not any(_fits(reference, pattern) for pattern in config.references):
         raise TrustError(f"the reference {show_name(reference)} is none that the configuration allows")
     keys = config.keys
     if "key" in asked:
@@ -143,6 +143,11 @@ def _floor(asked: Mapping[str, str]) -> int | None:
     if not text.isascii() or not text.isdecimal() or len(text) > 16 or int(text) > MAX_INTEGER:
         raise UsageError(f"the volume attribute minVersion {show_name(text)} is no version")
     return int(text)
+
+
+def _fits(reference: str, pattern: str) -> bool:
+    """`*` stands for anything, and nothing else for anything but itself: `[` begins the address of a host, say."""
+    return re.fullmatch(".*".join(re.escape(part) for part in pattern.split("*")), reference, re.DOTALL) is not None
 
 
 def _only(values: tuple[str, ...] | list[str], what: str) -> str:

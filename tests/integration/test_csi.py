@@ -255,6 +255,18 @@ def test_attributes_narrow() -> None:
         narrow(_config(pins=(pin,)), {**_GOOD, "pin": "sha256:" + "3" * 64})
 
 
+def test_only_the_star_stands_for_other_references() -> None:
+    """What else a shell's pattern has occurs in references: an IPv6 address is in brackets."""
+    own, other = "docker://[::1]:5000/acme/chat:v1", "docker://1:5000/acme/chat:v1"
+    pins = ("sha256:" + "0" * 64,)
+    assert narrow(_config(references=(own,), pins=pins), {"id": "x"}).reference == own
+    patterns = _config(references=("docker://[::1]:5000/*", "oci:/models/?"), pins=pins)
+    assert narrow(patterns, {"reference": own, "id": "x"}).reference == own
+    for reference in (other, "oci:/models/x", f"x{own}"):
+        with pytest.raises(TrustError):
+            narrow(patterns, {"reference": reference, "id": "x"})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
