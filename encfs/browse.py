@@ -6,7 +6,7 @@ import base64
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from encfs.artifact import Artifact
 from encfs.erofs.reader import ErofsReader
@@ -68,10 +68,18 @@ class Listed:
     def long_line(self) -> str:
         """The line that `ls -l` would show, with the time in UTC."""
         inode = self.inode
-        time = datetime.fromtimestamp(inode.mtime_ns // 1_000_000_000, UTC).strftime("%Y-%m-%d %H:%M")
+        time = _shown_time(inode.mtime_ns // 1_000_000_000)
         arrow = f" -> {self.target.decode('utf-8', 'surrogateescape')}" if self.target is not None else ""
         mode = stat.filemode(inode.mode)
         return f"{mode} {inode.nlink:>3} {inode.uid:>6} {inode.gid:>6} {inode.size:>14} {time} {self.name()}{arrow}"
+
+
+def _shown_time(seconds: int) -> str:
+    """A time (seconds since 1970) in UTC; as seconds, after an `@`, where it is beyond the years 1 to 9999."""
+    try:
+        return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds)).strftime("%Y-%m-%d %H:%M")
+    except OverflowError:
+        return f"@{seconds}"
 
 
 def open_image(artifact: Artifact) -> Image:
