@@ -204,13 +204,15 @@ def test_a_changed_byte_leaves_no_tensor_filled(tree: Path, tmp_path: Path, monk
     size = max(path.stat().st_size for path in (stored.layout / "blobs" / "sha256").iterdir())
     stored.flip_byte(0, size // 2)
     made: list[np.ndarray[Any, Any]] = []
-    empty = np.empty
+    arrays = encfs.safetensors._NumpyArrays
+    empty = arrays.empty
 
-    def remembered(*args: Any, **options: Any) -> np.ndarray[Any, Any]:
-        made.append(empty(*args, **options))
-        return made[-1]
+    def remembered(self: Any, dtype: str, shape: tuple[int, ...]) -> Any:
+        array = empty(self, dtype, shape)
+        made.append(array.value)
+        return array
 
-    monkeypatch.setattr(np, "empty", remembered)
+    monkeypatch.setattr(arrays, "empty", remembered)
     with pytest.raises(IntegrityError, match="frame"):
         load(stored, MODEL)
     monkeypatch.undo()
