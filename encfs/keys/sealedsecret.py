@@ -2,12 +2,15 @@
 
     sealed.BASE64URL({"alg": "ES256", "kid"}).BASE64URL({"version", "type", "provider", …}).BASE64URL(SIGNATURE)
 
-Type `vault` names a resource of the key broker; `envelope` carries data that a cloud's KMS decrypts, which only the
-Confidential Data Hub itself can ask. Source: guest-components, confidential-data-hub/hub/src/secret.
+Type `vault` names a secret of a provider: of `kbs` it is a resource of the key broker. `envelope` carries the secret
+itself, encrypted under a key that is encrypted by a provider's key: how, each provider knows, so that the Confidential
+Data Hub, which has their clients and credentials, is what opens it. Source: guest-components,
+confidential-data-hub/docs/SEALED_SECRET.md and hub/src/secret.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +20,10 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256
 
 from encfs.encoding import b64url_decode
-from encfs.errors import FormatError, KeyFileError, KeyProviderError
+from encfs.errors import FormatError, KeyFileError
 from encfs.kbs.protocol import ResourcePath, parse_path
 from encfs.keys.jwk import PublicKey
-from encfs.strictjson import loads_object, show_name
+from encfs.strictjson import loads_object
 
 PREFIX = "sealed."
 #: Where a guest has the public keys that are no resources, by name.
@@ -28,6 +31,11 @@ CREDENTIALS = Path("/run/confidential-containers/cdh/sealed-secret")
 MAX_SIZE = 64 << 10
 _VERSION = "0.1.0"
 _COORDINATE_SIZE = 32
+# Texts that each type has, beside the provider.
+_MEMBERS: Mapping[str, tuple[str, ...]] = {
+    "vault": ("name",),
+    "envelope": ("key_id", "encrypted_key", "encrypted_data", "wrap_type", "iv"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +43,7 @@ class SealedSecret:
     """One that was parsed; nothing of it is to be believed before `verify`. `kid` names the key that signed it."""
 
     kid: str
+    text: bytes
     signed: bytes
     signature: bytes
     payload: bytes
@@ -64,20 +73,23 @@ class SealedSecret:
         except InvalidSignature:
             raise FormatError("the sealed secret is not signed by its key") from None
 
-    def resource(self) -> ResourcePath:
-        """The resource that it stands for; call `verify` first. Raises: FormatError; KeyProviderError for envelopes."""
+    def resource(self) -> ResourcePath | None:
+        """The resource that it stands for; None where the hub has to unseal it. Call `verify` first.
+
+        Raises: FormatError.
+        """
         document = loads_object(self.payload, limit=MAX_SIZE, what="the sealed secret")
         if document.get("version") != _VERSION:
             raise FormatError(f"the sealed secret has a version other than {_VERSION}")
         kind, provider = document.get("type"), document.get("provider")
-        if kind == "envelope" or (kind == "vault" and provider != "kbs"):
-            raise KeyProviderError(
-                f"a sealed secret of type {kind} with the provider {show_name(provider)} is opened by the hub alone",
-                hint="let the guest unseal it (a Kubernetes secret in the pod), and read it with file: or env:",
-            )
-        if kind != "vault":
+        if not isinstance(kind, str) or kind not in _MEMBERS:
             raise FormatError("the sealed secret has a type that is not known")
-        return parse_resource_uri(document.get("name"))
+        for member in ("provider", *_MEMBERS[kind]):
+            if not isinstance(document.get(member), str):
+                raise FormatError(f"the sealed secret of type {kind} has no text {member}")
+        if kind == "vault" and provider == "kbs":
+            return parse_resource_uri(document["name"])
+        return None
 
 
 def parse_sealed_secret(content: bytes, what: str) -> SealedSecret:
@@ -94,7 +106,7 @@ def parse_sealed_secret(content: bytes, what: str) -> SealedSecret:
     kid = header.get("kid")
     if header.get("alg") != "ES256" or not isinstance(kid, str) or "crit" in header:
         raise KeyFileError(f"{what} is no sealed secret: its header is not one of ES256 with a kid")
-    return SealedSecret(kid, f"{parts[0]}.{parts[1]}".encode("ascii"), signature, payload)
+    return SealedSecret(kid, text.encode("ascii"), f"{parts[0]}.{parts[1]}".encode("ascii"), signature, payload)
 
 
 def parse_resource_uri(uri: object) -> ResourcePath:

@@ -150,7 +150,7 @@ def test_what_this_machine_offers(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_whether_a_hub_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        monkeypatch.setattr("encfs.keys.providers.cdh.PORT", server.getsockname()[1])
+        monkeypatch.setattr("encfs.cdh.PORT", server.getsockname()[1])
         assert CdhProvider.unavailable() is None
     assert "Connection refused" in str(CdhProvider.unavailable())
 

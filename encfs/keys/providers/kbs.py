@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import urlsplit
 
 from encfs.attestation.collect.sources import AUTOMATIC, check_tee, evidence_source, unavailable
 from encfs.errors import FormatError, KeyFileError
@@ -27,11 +27,12 @@ from encfs.kbs.protocol import ResourcePath, parse_path
 from encfs.kbs.resource import ReleasedKey, parse_resource
 from encfs.keys.recipients import Recipient, unwrap_with_key
 from encfs.keys.secrets import SymmetricKey, wipe
-from encfs.strictjson import show_name
+from encfs.keys.uriquery import query_options
 from encfs.trust import KeyBinding
 from encfs.webclient import parse_address
 
 _HINT = "write kbs:https://HOST:PORT/REPOSITORY/TYPE/TAG, with ?ca=FILE behind it for a private authority"
+_OPTIONS = frozenset({"url", "ca", "tee", "ak", "timeout"})
 _MAX_URI = 4096
 _MAX_ADDRESSES = 16
 _LONGEST_TIMEOUT = 3600
@@ -126,7 +127,7 @@ def _parse(rest: str) -> _Request:
     ca_file: str | None = None
     tee, timeout = AUTOMATIC, DEFAULT_TIMEOUT
     ak: str | None = None
-    for name, value in _pairs(query):
+    for name, value in query_options(query, "kbs", _OPTIONS, hint=_HINT, repeated=("url",)):
         match name:
             case "url":
                 addresses.append(parse_address(value))
@@ -136,28 +137,13 @@ def _parse(rest: str) -> _Request:
                 tee = check_tee(value)
             case "ak":
                 ak = value
-            case "timeout":
-                timeout = _seconds(value)
             case _:
-                raise KeyFileError(f"the kbs: URI has the option {show_name(name)}, which is not known", hint=_HINT)
+                timeout = _seconds(value)
     if not 0 < len(addresses) <= _MAX_ADDRESSES:
         raise KeyFileError(
             f"the kbs: URI names no broker, or more than {_MAX_ADDRESSES}", hint="add ?url=https://HOST:PORT"
         )
     return _Request(KbsOptions(tuple(addresses), ca_file, timeout), path, tee, ak)
-
-
-def _pairs(query: str) -> list[tuple[str, str]]:
-    if not query:
-        return []
-    try:
-        pairs = parse_qsl(query, strict_parsing=True, max_num_fields=32, errors="strict")
-    except ValueError:
-        raise KeyFileError("the options of the kbs: URI are malformed", hint=_HINT) from None
-    once = [name for name, _ in pairs if name != "url"]
-    if len(set(once)) != len(once):
-        raise KeyFileError("the kbs: URI has an option twice", hint="only url may be repeated")
-    return pairs
 
 
 def _seconds(text: str) -> float:

@@ -20,13 +20,13 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import parse_qsl
 
 from encfs.attestation.collect.sources import THIS_MACHINE, Machine
 from encfs.errors import FormatError, KeyFileError, KeyProviderError
 from encfs.keys.jwk import PrivateKey
 from encfs.keys.recipients import Recipient, unwrap_with_key
 from encfs.keys.secrets import KEK_SIZE, SymmetricKey, wipe
+from encfs.keys.uriquery import query_options
 from encfs.skr import CONTEXT_VARIABLE, sidecar
 from encfs.strictjson import loads_object, show_name
 from encfs.webclient import Address, Deadline, parse_address
@@ -37,6 +37,7 @@ _LOOK_TIMEOUT = 1.0
 _MAX_TOKEN = 16 << 10
 _NAME = re.compile(r"[A-Za-z0-9-]{1,127}(/[0-9a-f]{32})?", re.ASCII)
 _HOST = re.compile(r"[A-Za-z0-9.-]{1,253}(:[0-9]{1,5})?", re.ASCII)
+_OPTIONS = frozenset({"akv", "maa", "port", "direct", "token-file", "ca"})
 _HINT = "write skr:NAME?akv=VAULT.vault.azure.net&maa=INSTANCE.attest.azure.net"
 # What makes up the key; what services say of its use (for their own operations) is left aside.
 _KEY_MEMBERS = frozenset({"kty", "k", "crv", "x", "y", "d", "n", "e", "p", "q", "dp", "dq", "qi"})
@@ -138,15 +139,7 @@ def parse_request(rest: str) -> SkrRequest:
     name, _, query = rest.partition("?")
     if not _NAME.fullmatch(name):
         raise KeyFileError(f"{show_name(name)} is not the name of a key in a vault", hint=_HINT)
-    try:
-        pairs = parse_qsl(query, strict_parsing=True, max_num_fields=16) if query else []
-    except ValueError:
-        raise KeyFileError("the options of the skr: URI are malformed", hint=_HINT) from None
-    options = dict(pairs)
-    if len(options) != len(pairs):
-        raise KeyFileError("the skr: URI has an option twice", hint=_HINT)
-    if unknown := options.keys() - {"akv", "maa", "port", "direct", "token-file", "ca"}:
-        raise KeyFileError(f"the skr: URI has the option {show_name(min(unknown))}, which is not known", hint=_HINT)
+    options = dict(query_options(query, "skr", _OPTIONS, hint=_HINT))
     direct = options.get("direct", "no")
     if direct not in ("yes", "no"):
         raise KeyFileError("direct of the skr: URI is neither yes nor no", hint=_HINT)
