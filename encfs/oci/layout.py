@@ -1,51 +1,37 @@
 """An OCI image layout directory (image-spec, image-layout.md) as a source and a sink of blobs.
 
 A blob gets its name when it is complete, and the index is replaced in one step, so that a crash leaves no half of
-anything. Not here: reading and writing the files themselves (`files`), what the blobs mean (`encfs.format`).
+anything. Not here: the directory (`layoutdirectory`) and the index (`layoutindex`), reading and writing the files of
+blobs (`files`), what the blobs mean (`encfs.format`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
-import json
 import os
 import stat
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from encfs.encoding import parse_digest, sha256_digest
 from encfs.errors import (
-    ConflictError,
     EncfsError,
     FormatError,
     IntegrityError,
     NotFoundError,
     StorageError,
     UnsupportedError,
-    UsageError,
 )
 from encfs.oci.blobs import MAX_MANIFEST_SIZE, Descriptor, RawManifest
 from encfs.oci.files import FileBlob, FileBlobWriter, FilePool, FileWriter, remove_stale, storage_errors
+from encfs.oci.layoutdirectory import BLOBS, LayoutMaker, open_layout
+from encfs.oci.layoutindex import LayoutIndex
 from encfs.oci.reference import check_layout_tag
-from encfs.strictjson import loads_object
 
-_LAYOUT_FILE = "oci-layout"
-_INDEX_FILE = "index.json"
-_NEW_INDEX_FILE = ".encfs-index.json"
-_BLOBS = "blobs/sha256"
-_LAYOUT_VERSION = "1.0.0"
+_MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 _INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
-_MANIFEST_TYPES = frozenset(
-    {"application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json"}
-)
-_TAG_ANNOTATION = "org.opencontainers.image.ref.name"
-_LISTED_TAGS = 8
-#: How long to wait for another process that changes the index (seconds); it holds the lock for milliseconds.
-_LOCK_SECONDS = 30.0
 #: A blob this large is copied into a file that a later copy goes on with if this one is interrupted.
 _RESUMABLE_SIZE = 8 << 20
 
@@ -67,47 +53,20 @@ class Layout:
         self._tag = tag
         self._digest = digest
         self._files = FilePool()
-        self._lock = threading.Lock()
+        self._maker = LayoutMaker(self.path) if create else None
+        try:
+            self._root = open_layout(self.path)
+        except BaseException:
+            self._end_making()
+            raise
+        self._index = LayoutIndex(self._root, self.path)
         if create:
-            self._create()
-        try:
-            self._root = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise NotFoundError(f"{self.path}: {error.strerror}", hint="give the directory of an OCI layout") from None
-        try:
-            self._check_marker()
-            if create:
+            try:
                 with storage_errors(self.path):
                     remove_stale(self._root)
-        except BaseException:
-            os.close(self._root)
-            raise
-
-    def _check_marker(self) -> None:
-        try:
-            content = self._read_file(_LAYOUT_FILE, 4096)
-        except NotFoundError:
-            raise NotFoundError(f"{self.path} is no OCI layout: it has no {_LAYOUT_FILE} file") from None
-        marker = loads_object(content, limit=4096, what=f"{self.path}/{_LAYOUT_FILE}")
-        if marker.get("imageLayoutVersion") != _LAYOUT_VERSION:
-            raise UnsupportedError(f"{self.path} is not an OCI layout of version {_LAYOUT_VERSION}")
-
-    def _create(self) -> None:
-        with storage_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            if (self.path / _LAYOUT_FILE).exists():
-                return
-            # What a creation that was cut short may have left is taken over; the marker comes last.
-            if {item.name for item in self.path.iterdir()} - {_BLOBS.split("/")[0], _INDEX_FILE}:
-                raise ConflictError(f"{self.path} is neither empty nor an OCI layout", hint="choose another directory")
-            (self.path / _BLOBS).mkdir(parents=True, exist_ok=True)
-            # Another process may be creating the same layout, and may have filled it already.
-            for name, content in (
-                (_INDEX_FILE, _index_bytes({"schemaVersion": 2, "manifests": []})),
-                (_LAYOUT_FILE, json.dumps({"imageLayoutVersion": _LAYOUT_VERSION}).encode()),
-            ):
-                with contextlib.suppress(FileExistsError), open(self.path / name, "xb") as file:
-                    file.write(content)
+            except BaseException:
+                self.close()
+                raise
 
     # -- reading
 
@@ -130,38 +89,16 @@ class Layout:
         return RawManifest(content, entry.digest, entry.media_type)
 
     def _find(self, reference: str | None) -> Descriptor:
-        entries = [_parse_entry(item) for item in self._entries()]
-        if reference is not None and reference.startswith("sha256:"):
-            for entry in entries:
-                if entry.digest == reference:
-                    return entry
-            # A manifest that no tag names any more is still addressed by its digest.
-            size = self._stat_blob(reference).st_size
-            return Descriptor("application/vnd.oci.image.manifest.v1+json", reference, size)
-        if reference is not None:
-            # Where a tag stands twice, the entry written last counts.
-            for entry in reversed(entries):
-                if entry.annotations.get(_TAG_ANNOTATION) == reference:
-                    return entry
-            raise NotFoundError(f"{self.path} has no tag {reference!r}", hint=self._tags_hint(entries))
-        if len({entry.digest for entry in entries}) == 1:
-            return entries[0]
-        if not entries:
-            raise NotFoundError(f"{self.path} is an empty OCI layout")
-        raise UsageError(f"{self.path} holds several artifacts", hint=self._tags_hint(entries))
-
-    @staticmethod
-    def _tags_hint(entries: list[Descriptor]) -> str:
-        tags = sorted({entry.annotations[_TAG_ANNOTATION] for entry in entries if _TAG_ANNOTATION in entry.annotations})
-        if not tags:
-            return "name a manifest by its digest, oci:PATH@sha256:…"
-        shown = ", ".join(ascii(tag)[1:-1][:64] for tag in tags[:_LISTED_TAGS])
-        return f"name one of its tags: {shown}{', …' if len(tags) > _LISTED_TAGS else ''}"
+        entry = self._index.find(reference)
+        if entry is not None:
+            return entry
+        # A manifest that no tag names any more is still addressed by its digest.
+        digest = str(reference)
+        return Descriptor(_MANIFEST_TYPE, digest, self._stat_blob(digest).st_size)
 
     def tags(self) -> list[str]:
         """All tags, sorted."""
-        annotations = (_parse_entry(item).annotations for item in self._entries())
-        return sorted({item[_TAG_ANNOTATION] for item in annotations if _TAG_ANNOTATION in item})
+        return self._index.tags()
 
     def read_blob(self, descriptor: Descriptor, *, limit: int) -> bytes:
         """A small blob whole, verified. Raises: FormatError, IntegrityError, NotFoundError, StorageError."""
@@ -254,36 +191,7 @@ class Layout:
 
     @staticmethod
     def _blob_name(digest: str) -> str:
-        return f"{_BLOBS}/{parse_digest(digest).hex()}"
-
-    def _read_file(self, name: str, limit: int) -> bytes:
-        try:
-            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self._root)
-        except FileNotFoundError:
-            raise NotFoundError(f"{self.path} has no {name}") from None
-        except OSError as error:
-            raise StorageError(f"{self.path}/{name}: {error.strerror}") from None
-        try:
-            # Neither a directory nor a pipe, which might never end or give nothing.
-            if not stat.S_ISREG(os.fstat(file).st_mode):
-                raise FormatError(f"{self.path}/{name} is no regular file")
-            with storage_errors(self.path / name), os.fdopen(file, "rb", closefd=False) as stream:
-                return stream.read(limit + 1)
-        finally:
-            os.close(file)
-
-    def _index(self) -> dict[str, object]:
-        content = self._read_file(_INDEX_FILE, MAX_MANIFEST_SIZE)
-        return loads_object(content, limit=MAX_MANIFEST_SIZE, what=f"{self.path}/{_INDEX_FILE}")
-
-    def _manifests(self, index: Mapping[str, object]) -> list[object]:
-        entries = index.get("manifests")
-        if not isinstance(entries, list):
-            raise FormatError(f"{self.path}/{_INDEX_FILE} has no list of manifests")
-        return entries
-
-    def _entries(self) -> list[object]:
-        return self._manifests(self._index())
+        return f"{BLOBS}/{parse_digest(digest).hex()}"
 
     # -- writing
 
@@ -300,8 +208,8 @@ class Layout:
             raise
 
     def _open_blobs(self) -> int:
-        os.makedirs(self.path / _BLOBS, exist_ok=True)
-        return os.open(_BLOBS, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root)
+        os.makedirs(self.path / BLOBS, exist_ok=True)
+        return os.open(BLOBS, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root)
 
     def copy_blob(
         self, descriptor: Descriptor, stream: Callable[[int], Iterator[bytes]], advance: Callable[[int], None]
@@ -361,87 +269,30 @@ class Layout:
             return self._put_manifest(content, media_type, tag, artifact_type)
         except BaseException:
             with contextlib.suppress(EncfsError):
-                if not known and all(item.digest != manifest.digest for item in map(_parse_entry, self._entries())):
+                if not known and all(entry.digest != manifest.digest for entry in self._index.entries()):
                     self.remove_blob(manifest)
             raise
 
     def _put_manifest(self, content: bytes, media_type: str, tag: str | None, artifact_type: str | None) -> Descriptor:
         blob = self.write_blob(content, media_type)
-        entry: dict[str, object] = {"mediaType": media_type, "digest": blob.digest, "size": blob.size}
-        if artifact_type:
-            entry["artifactType"] = artifact_type
-        if tag:
-            entry["annotations"] = {_TAG_ANNOTATION: tag}
-        with self._locked_index() as index:
-            entries = self._manifests(index)
-            if tag:
-                entries[:] = [item for item in entries if _parse_entry(item).annotations.get(_TAG_ANNOTATION) != tag]
-            if entry not in entries:
-                entries.append(entry)
+        self._index.add(replace(blob, artifact_type=artifact_type), tag)
         return blob
 
     def untag(self, tag: str) -> None:
         """Drop a tag; blobs stay. Raises: NotFoundError, StorageError."""
-        with self._locked_index() as index:
-            entries = self._manifests(index)
-            kept = [item for item in entries if _parse_entry(item).annotations.get(_TAG_ANNOTATION) != tag]
-            if len(kept) == len(entries):
-                raise NotFoundError(f"{self.path} has no tag {tag!r}")
-            entries[:] = kept
-
-    @contextlib.contextmanager
-    def _locked_index(self) -> Iterator[dict[str, object]]:
-        """The parsed index under a lock against other threads and processes; written back if the block ends well."""
-        with self._lock:
-            self._lock_directory()
-            try:
-                index = self._index()
-                yield index
-                self._write_index(_index_bytes(index))
-            finally:
-                fcntl.flock(self._root, fcntl.LOCK_UN)
-
-    def _lock_directory(self) -> None:
-        deadline = time.monotonic() + _LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(self._root, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise ConflictError(
-                        f"{self.path} is locked by another process", hint="try again when that is done"
-                    ) from None
-                time.sleep(0.02)
-            except OSError as error:
-                raise StorageError(f"{self.path} cannot be locked: {error.strerror}") from None
-            else:
-                return
-
-    def _write_index(self, content: bytes) -> None:
-        if len(content) > MAX_MANIFEST_SIZE:
-            raise StorageError(f"{self.path}/{_INDEX_FILE} would be larger than 4 MiB", hint="use another layout")
-        with storage_errors(self.path / _INDEX_FILE):
-            # One temporary name is enough under the lock, and what a crash leaves there is written over.
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-            file = os.open(_NEW_INDEX_FILE, flags, 0o644, dir_fd=self._root)
-            try:
-                with os.fdopen(file, "wb") as stream:
-                    stream.write(content)
-                    stream.flush()
-                    os.fsync(file)
-                os.rename(_NEW_INDEX_FILE, _INDEX_FILE, src_dir_fd=self._root, dst_dir_fd=self._root)
-            except BaseException:
-                with contextlib.suppress(FileNotFoundError):  # it may have its new name already
-                    os.unlink(_NEW_INDEX_FILE, dir_fd=self._root)
-                raise
-            os.fsync(self._root)
+        self._index.untag(tag)
 
     def close(self) -> None:
-        """Harmless when called again."""
+        """A layout that was made for this, and that nothing came into, goes again. Harmless when called again."""
         self._files.close()
         if self._root >= 0:
             os.close(self._root)
             self._root = -1
+        self._end_making()
+
+    def _end_making(self) -> None:
+        if self._maker is not None:
+            self._maker.close()
 
 
 def _fill(
@@ -460,22 +311,3 @@ def _fill(
             advance(len(chunk))
     if writer.position != descriptor.size or f"sha256:{writer.hexdigest()}" != descriptor.digest:
         raise IntegrityError(f"blob {descriptor.digest} came with other content than its digest says")
-
-
-def _parse_entry(value: object) -> Descriptor:
-    """A descriptor of the untrusted index."""
-    if not isinstance(value, dict):
-        raise FormatError("an entry of the layout's index is not an object")
-    media_type, digest, size = value.get("mediaType"), value.get("digest"), value.get("size")
-    annotations = value.get("annotations", {})
-    if not isinstance(media_type, str) or not isinstance(annotations, dict):
-        raise FormatError("an entry of the layout's index has no media type, or odd annotations")
-    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
-        raise FormatError("an entry of the layout's index has no size")
-    parse_digest(digest, "a digest of the layout's index")
-    strings: Mapping[str, str] = {key: item for key, item in annotations.items() if isinstance(item, str)}
-    return Descriptor(media_type, str(digest), size, annotations=strings)
-
-
-def _index_bytes(index: Mapping[str, object]) -> bytes:
-    return json.dumps(index, indent=2).encode()

@@ -149,8 +149,6 @@ def make_image(
 def make_index(store: Store, tag: str, images: Mapping[str, Sequence[tuple[bytes, Compression]]]) -> None:
     """An index of images by architecture, with an attestation of the first one."""
     entries: list[dict[str, Any]] = []
-    with closing(Layout(store.path, create=True)):
-        pass
     for architecture, layers in images.items():
         manifest = make_image(store, f"{tag}-{architecture}", layers, architecture=architecture)
         entries.append(descriptor_json(manifest) | {"platform": {"os": "linux", "architecture": architecture}})

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,13 @@ def describe(content: bytes) -> Descriptor:
 
 def blob_file(path: Path, descriptor: Descriptor) -> Path:
     return path / "blobs/sha256" / descriptor.digest.removeprefix("sha256:")
+
+
+def make_empty(path: Path) -> None:
+    """As `umoci init` makes one."""
+    (path / "blobs/sha256").mkdir(parents=True)
+    (path / "index.json").write_text('{"schemaVersion": 2, "manifests": []}')
+    (path / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
 
 
 def temporaries(path: Path) -> list[str]:
@@ -285,7 +293,7 @@ def test_foreign_entries_and_members_survive(layout: Layout, path: Path) -> None
 
 
 def test_many_writers_lose_no_tag(path: Path) -> None:
-    Layout(path, create=True).close()
+    make_empty(path)
     program = (
         "import sys; from encfs.oci.layout import Layout; l = Layout(sys.argv[1], create=True)\n"
         "for n in range(12): l.put_manifest(b'%s-%d' % (sys.argv[2].encode(), n), 'm', tag=f'{sys.argv[2]}-{n}')\n"
@@ -446,7 +454,7 @@ def test_two_copies_of_one_blob_at_once(layout: Layout, path: Path) -> None:
 
 
 def test_stale_files_are_removed_and_living_ones_not(path: Path) -> None:
-    Layout(path, create=True).close()
+    make_empty(path)
     dead = path / f"{TEMPORARY_PREFIX}{'a' * 16}"
     living = path / f"{TEMPORARY_PREFIX}{'b' * 16}"
     resumable = path / f"{TEMPORARY_PREFIX}{'c' * 64}"
@@ -474,3 +482,92 @@ def test_killed_writer_leaves_nothing_visible(path: Path) -> None:
     assert not list(path.glob("blobs/sha256/*"))
     assert not temporaries(path)
     layout.close()
+
+
+# -- layouts that nothing came into
+
+
+def test_a_layout_that_nothing_came_into_goes_with_what_was_made_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "a/b/layout"
+    layout = Layout(path, create=True)
+    writer = layout.create_blob()
+    writer.write(b"half a blob")
+    writer.abort()
+    blob = layout.write_blob(b"taken back", SEGMENT)
+    layout.remove_blob(blob)
+    layout.close()
+    layout.close()
+    assert list(tmp_path.iterdir()) == []
+    # A directory that was there stays.
+    path.mkdir(parents=True)
+    Layout(path, create=True).close()
+    assert list(path.iterdir()) == []
+
+
+def test_a_layout_stays_that_something_came_into(path: Path) -> None:
+    layout = Layout(path, create=True)
+    layout.write_blob(b"content", SEGMENT)
+    layout.close()
+    assert (path / "oci-layout").exists()
+    other = path.parent / "tagged"
+    layout = Layout(other, create=True)
+    layout.put_manifest(b"{}", MANIFEST, tag="v1")
+    layout.untag("v1")
+    layout.close()
+    assert (other / "oci-layout").exists()
+
+
+def test_an_empty_layout_of_somebody_else_s_stays(path: Path) -> None:
+    make_empty(path)
+    Layout(path, create=True).close()
+    assert (path / "oci-layout").exists()
+    assert (path / "blobs/sha256").is_dir()
+
+
+def test_an_unfinished_copy_is_kept_to_be_gone_on_with(path: Path) -> None:
+    content = bytes(BIG)
+
+    def cut(offset: int) -> Iterator[bytes]:
+        yield content[offset : offset + (1 << 20)]
+        raise TransportError("cut")
+
+    layout = Layout(path, create=True)
+    with pytest.raises(TransportError):
+        layout.copy_blob(describe(content), cut, lambda size: None)
+    layout.close()
+    assert len(temporaries(path)) == 1
+    assert (path / "oci-layout").exists()
+
+
+def test_a_layout_is_not_taken_from_under_another_writer(path: Path) -> None:
+    first = Layout(path, create=True)
+    second = Layout(path, create=True)
+    writer = second.create_blob()
+    writer.write(b"content")
+    first.close()
+    blob = writer.commit(SEGMENT)
+    second.put_manifest(b"{}", MANIFEST, tag="v1")
+    second.close()
+    with closing(Layout(path)) as reading:
+        assert reading.read_blob(blob, limit=100) == b"content"
+
+
+def test_layouts_that_come_and_go_lose_nothing(path: Path) -> None:
+    """Several processes make the same layout and take it back again, while others put something into it."""
+    program = (
+        "import sys\nfrom encfs.oci.layout import Layout\n"
+        "for n in range(40):\n"
+        "    l = Layout(sys.argv[1], create=True)\n"
+        "    if sys.argv[2] == 'put' and n == 39: l.put_manifest(sys.argv[3].encode(), 'm', tag=sys.argv[3])\n"
+        "    l.close()\n"
+    )
+    jobs = [("idle", "a"), ("put", "b"), ("put", "c")]
+    workers = [subprocess.Popen([sys.executable, "-c", program, str(path), *job]) for job in jobs]
+    try:
+        assert [worker.wait(60) for worker in workers] == [0, 0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+    with closing(Layout(path)) as reading:
+        assert reading.tags() == ["b", "c"]

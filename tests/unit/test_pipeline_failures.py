@@ -110,8 +110,9 @@ def test_a_source_that_changes_is_refused_and_leaves_nothing(
     assert str(source) in caught.value.message
     assert progress.ended
     assert layout.tags() == []
-    layout.close()
     assert files_of(tmp_path / "layout") == EMPTY_LAYOUT
+    layout.close()
+    assert not (tmp_path / "layout").exists()
 
 
 def test_a_file_that_becomes_a_pipe_is_refused_without_waiting(
