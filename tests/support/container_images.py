@@ -98,7 +98,7 @@ class Store:
             return layout.tags()
 
     def blobs(self) -> set[str]:
-        return set(os.listdir(self.path / "blobs" / "sha256"))
+        return set(os.listdir(self.path / "blobs" / "sha256")) if self.path.exists() else set()
 
     def add(self, content: bytes, media_type: str) -> Descriptor:
         with closing(Layout(self.path, create=True)) as layout:
