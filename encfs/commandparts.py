@@ -273,7 +273,7 @@ def opened_artifact(
     terminal: Terminal,
     reference: str,
     keys: KeyOptions,
-    trust: TrustOptions,
+    trust: TrustOptions | TrustPolicy,
     registry: RegistryOptions,
     *,
     memory: int | None = None,
@@ -294,7 +294,8 @@ def opened_artifact(
     from encfs.format.volume import DEFAULT_CACHE_SIZE
     from encfs.image.artifact import check_image_platform, choose_manifest, is_needed
 
-    policy, wanted = trust.policy(), chosen_platform(platform)
+    policy = trust.policy() if isinstance(trust, TrustOptions) else trust
+    wanted = chosen_platform(platform)
     with keys.providers() as providers, opened_source(reference, registry) as source, ExitStack() as stack:
         with loaded_meanwhile(meanwhile) if meanwhile is not None else nullcontext():
             document = source.document()

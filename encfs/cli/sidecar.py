@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from encfs.commandline import size_option
-from encfs.commandparts import CacheOptions, KeyOptions, opened_source, warn_of_origin
+from encfs.commandparts import CacheOptions, KeyOptions, chosen_platform, opened_artifact
 from encfs.terminal import Terminal
 
 
@@ -29,10 +29,9 @@ def command(
 
     Its FUSE descriptor comes from the node; what may be opened, and is trusted, from a configuration.
     """
-    from encfs.artifact import open_artifact
     from encfs.audit import audit_of
-    from encfs.format.volume import DEFAULT_CACHE_SIZE
     from encfs.hardening import forbid_dumps, forbid_swapping
+    from encfs.image.artifact import image_parts
     from encfs.mount import MountOptions, MountStatus, choose_shape, mount
     from encfs.mount.handover import receive
     from encfs.sidecar import load_config, narrow
@@ -50,18 +49,16 @@ def command(
 
     with handover.reporting():
         request = narrow(allowed, handover.attributes)
-        with KeyOptions(list(request.keys)).providers() as keys, opened_source(request.reference, registry) as source:
-            artifact = open_artifact(
-                source,
-                keys=keys,
-                trust=request.trust,
-                cache_size=DEFAULT_CACHE_SIZE if memory is None else memory,
-                label=request.reference,
-            )
-            warn_of_origin(terminal, artifact.origin)
+        keys = KeyOptions(list(request.keys))
+        with opened_artifact(
+            terminal, request.reference, keys, request.trust, registry, memory=memory, meanwhile="encfs.mount.session"
+        ) as artifact:
             handover.check_content(artifact.content_digest)
+            parts = image_parts(artifact, chosen_platform(None))
             mount(
-                choose_shape(artifact.volumes, options, layered=False, proven=artifact.origin.proven),
+                choose_shape(
+                    parts.volumes, options, layered=parts.layered, proven=artifact.origin.proven, handed_over=True
+                ),
                 handover.mountpoint,
                 options,
                 reference=request.reference,

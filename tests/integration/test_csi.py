@@ -17,7 +17,9 @@ import pytest
 
 from encfs.csi import csi_pb2 as csi
 from encfs.errors import EncfsError, PinError, TrustError, UsageError, WrongIdError
+from encfs.image.compression import Compression
 from encfs.sidecar import SidecarConfig, load_config, narrow
+from tests.support.container_images import Store, archive, make_image
 from tests.support.mounts import REPOSITORY, is_mounted
 from tests.support.mounts import detach_all as detach
 
@@ -181,6 +183,26 @@ def test_a_volume_from_publishing_to_the_end(cluster: Cluster) -> None:
     cluster.unpublish()
     assert not cluster.target.exists()
     assert not is_mounted(cluster.target)
+
+
+@pytest.mark.fuse
+@pytest.mark.root
+def test_a_container_image_is_all_of_its_layers(cluster: Cluster) -> None:
+    image = Store(cluster.base / "image")
+    lower, upper = archive({"weights": b"old", "kept": b"kept"}), archive({"weights": b"new"})
+    make_image(image, "v1", [(lower, Compression.NONE), (upper, Compression.NONE)])
+    reference = f"oci:{cluster.base / 'images'}:v1"
+    words = ("encrypt", image.reference("v1"), reference, "-r", cluster.base / "a.jwk.pub", "--id", "acme/chat")
+    options = ("--sign", cluster.base / "owner.jwk", "--artifact-version", "3")
+    imagetool = Path(sys.executable).parent / "imagetool"
+    subprocess.run([imagetool, *words, *options], check=True, capture_output=True, timeout=120)
+    for path in (cluster.base / "images").rglob("*"):
+        os.chown(path, _NOBODY, _NOBODY)
+    cluster.publish(reference=reference)
+    cluster.sidecar()
+    assert cluster.read() == b"new"
+    assert sorted(os.listdir(cluster.target)) == ["kept", "weights"]
+    cluster.unpublish()
 
 
 @pytest.mark.fuse
