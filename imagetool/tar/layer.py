@@ -2,8 +2,9 @@
 
 Whiteouts become character devices 0:0, opaque markers an attribute of their directory. They are applied when the whole
 archive has been read, since they speak of the layers below, wherever in the archive they stand: an entry of the same
-name and layer stays. Of entries of one path the last counts. Names are plain relative paths (a leading `./` is passed
-over); absolute ones, those with `..`, and those that lead through something that is no directory are refused.
+name and layer stays. Of entries of one path the last counts. Names are relative to the layer's root, also where they
+begin with `./` or `/`, as GNU tar, docker, containerd and umoci take them; those with `..`, and those that lead through
+something that is no directory, are refused.
 
 Not here: reading tar (`reader`), giving it back (`recipe`), several layers in one (`flatten`).
 """
@@ -192,13 +193,11 @@ def classify(member: Member) -> Entry | Whiteout | None:
 
 
 def plain_path(name: bytes, shown: bytes) -> bytes:
-    """A name of an archive as a path of an image. Raises: SourceError where it leads out of the layer's root."""
+    """A name of an archive as a path of an image: below its root, whatever slashes and dots it begins with.
+
+    The targets of hard links are such names, too. Raises: SourceError where it leads out of the layer's root.
+    """
     parts = [part for part in name.split(b"/") if part not in (b"", b".")]
-    # A lone slash is the root itself: umoci writes it so.
-    if name.startswith(b"/") and parts:
-        raise SourceError(
-            f"{_shown(shown)}: {_shown(name)} is an absolute path", hint="the names in a layer are relative to its root"
-        )
     if b".." in parts:
         raise SourceError(
             f"{_shown(shown)}: {_shown(name)} leads upwards with ..", hint="the names in a layer do not leave its root"

@@ -20,9 +20,9 @@ from encfs.image.artifact import is_needed
 from encfs.image.compression import Compression
 from encfs.oci.layout import Layout
 from encfs.progress import NoProgress
-from tests.integration.test_image_encrypt import encrypt, open_encrypted, restore
 from tests.support.artifacts import Keys, make_keys
 from tests.support.container_images import Store
+from tests.support.image_layers import encrypt, open_encrypted, restore
 from tests.support.podman import running_podman
 
 pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="debootstrap and devices need root")]

@@ -17,8 +17,8 @@ import pytest
 from encfs.errors import UnsupportedError, WrongKeyError, WrongSignerError
 from encfs.image.artifact import this_platform
 from encfs.image.compression import Compression
-from tests.integration.test_image_encrypt import archive, needs_skopeo, regular, symlink
 from tests.support.container_images import Store, make_image, make_index, skopeo
+from tests.support.image_layers import archive, needs_skopeo, regular, symlink
 from tests.support.remote import needs_docker_registry, running
 
 pytestmark = [needs_docker_registry, needs_skopeo, pytest.mark.fuse, pytest.mark.root]

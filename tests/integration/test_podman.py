@@ -15,11 +15,11 @@ from encfs.keys.files import write_key_files
 from encfs.mount.mountpoint import top_mount, unmount
 from encfs.oci.layout import Layout
 from encfs.oci.reference import parse_reference
-from tests.integration.test_image_encrypt import encrypt, needs_skopeo, restore, tree_of
 from tests.integration.test_image_mount import Place
 from tests.support.artifacts import Keys, make_keys
 from tests.support.container_images import Store, skopeo
 from tests.support.image_artifacts import directory, encrypt_image, file, image_config, link
+from tests.support.image_layers import encrypt, needs_skopeo, restore, tree_of
 from tests.support.podman import Podman, running_podman
 
 pytestmark = [pytest.mark.fuse, pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="mounts need root")]
