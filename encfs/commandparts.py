@@ -88,8 +88,11 @@ class KeyOptions:
     @contextmanager
     def providers(self) -> Iterator[list[KeyProvider]]:
         """The providers of all keys, closed (and their secrets wiped) at the end. Raises: KeyFileError."""
+        from encfs.hardening import protect_keys
         from encfs.keys.providers import provider_from_uri
 
+        if self.keys:
+            protect_keys()
         with ExitStack() as stack:
             providers = [provider_from_uri(uri) for uri in self.keys or ()]
             for provider in providers:

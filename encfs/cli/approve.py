@@ -36,6 +36,7 @@ def command(
     ],
 ) -> None:
     """Let a sealed key open with other PCR values, too."""
+    from encfs.hardening import protect_keys
     from encfs.keys.files import load_signing_key
     from encfs.tpm.keyfile import load_object, pcrs_document, replace_object, with_approval
     from encfs.tpm.policy import Approval, parse_pcrs
@@ -47,6 +48,7 @@ def command(
         raise KeyFileError(
             f"{sealed} was not sealed for approvals", hint="seal it again with encfs seal --tpm2-authorize PUBKEY"
         )
+    protect_keys()
     signer = load_signing_key(key)
     if signer.kid != authorization.key.kid:
         raise KeyFileError(

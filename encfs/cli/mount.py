@@ -113,7 +113,7 @@ def command(
     background.
     """
     from encfs.audit import audit_of
-    from encfs.hardening import forbid_dumps, forbid_swapping
+    from encfs.hardening import protect_keys
     from encfs.image.artifact import image_parts
     from encfs.lazy import companion_for
     from encfs.mount import MountOptions, choose_shape, mount
@@ -139,8 +139,7 @@ def command(
 
     if foreground or fuse_fd is not None:
         # The daemon in the background does the same for itself.
-        forbid_dumps()
-        forbid_swapping()
+        protect_keys()
     handover = None
 
     def report(status: MountStatus) -> None:

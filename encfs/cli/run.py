@@ -114,15 +114,14 @@ def command(
     with ContainerProcess() as process:
         # Imported while that process does the same.
         from encfs.container.serve import serve
-        from encfs.hardening import forbid_dumps, forbid_swapping
+        from encfs.hardening import protect_keys
         from encfs.image.artifact import image_parts, require_config
         from encfs.mount.options import MountOptions
         from encfs.mount.reading import ImageContents
         from encfs.mount.stacking import choose_container_shape
 
         # Of this process, that will hold keys. The container's is its own.
-        forbid_dumps()
-        forbid_swapping()
+        protect_keys()
         with opened_artifact(terminal, reference, keys, trust, registry, memory=memory, platform=platform) as artifact:
             parts = image_parts(artifact, chosen_platform(platform))
             config = require_config(parts)

@@ -36,7 +36,7 @@ def command(
 ) -> None:
     """Seal a key to this machine's TPM, guest or enclave."""
     from encfs.errors import UsageError
-    from encfs.hardening import forbid_dumps
+    from encfs.hardening import protect_keys
     from encfs.keys.providers import fetched_key
     from encfs.tpm.availability import require_library
     from encfs.tpm.keyfile import policy_document, write_object
@@ -51,7 +51,7 @@ def command(
     require_library()
     from encfs.tpm.sealing import seal
 
-    forbid_dumps()
+    protect_keys()
     key = fetched_key(key_uri, bare=True)
     try:
         sealed = seal(key, conditions.pcrs, conditions.authorization, conditions.counter_index)
@@ -81,11 +81,11 @@ def _under(*, snp: bool, gramine: bool, derivation: str | None) -> str | None:
 
 
 def _seal_under(terminal: Terminal, key_uri: str, under: str, output: str) -> None:
-    from encfs.hardening import forbid_dumps
+    from encfs.hardening import protect_keys
     from encfs.keys.providers import fetched_key
     from encfs.keys.sealedfile import seal_under, write_sealed
 
-    forbid_dumps()
+    protect_keys()
     key = fetched_key(key_uri, bare=True)
     try:
         sealed = seal_under(key, under)

@@ -30,14 +30,13 @@ def command(
     Its FUSE descriptor comes from the node; what may be opened, and is trusted, from a configuration.
     """
     from encfs.audit import audit_of
-    from encfs.hardening import forbid_dumps, forbid_swapping
+    from encfs.hardening import protect_keys
     from encfs.image.artifact import image_parts
     from encfs.mount import MountOptions, MountStatus, choose_shape, mount
     from encfs.mount.handover import receive
     from encfs.sidecar import load_config, narrow
 
-    forbid_dumps()
-    forbid_swapping()
+    protect_keys()
     allowed = load_config(config)
     handover = receive(f"unix:{allowed.socket}")
     options = MountOptions(foreground=True, listen=listen, log_format=log_format)

@@ -26,7 +26,7 @@ def command(
     import json
     import sys
 
-    from encfs.hardening import forbid_dumps
+    from encfs.hardening import protect_keys
     from encfs.keys.files import write_key_files
     from encfs.keys.jwkjson import private_jwk
     from encfs.keys.providers import fetched_key
@@ -36,7 +36,7 @@ def command(
         raise UsageError("unseal writes the key itself; there is nothing to print as JSON", hint="give -o FILE")
     if output is None and sys.stdout is not None and sys.stdout.isatty():
         raise UsageError("unseal does not show a key on a terminal", hint="give -o FILE, or redirect standard output")
-    forbid_dumps()
+    protect_keys()
     key = fetched_key(f"sealed:{sealed}" if is_sealed_under(sealed) else f"tpm2:{sealed}")
     try:
         if output is None:

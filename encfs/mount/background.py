@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from encfs import errors
 from encfs.errors import EncfsError, MountError
-from encfs.hardening import forbid_dumps, forbid_swapping
+from encfs.hardening import protect_keys
 
 _MAX_REPORT = 1 << 20
 
@@ -84,8 +84,7 @@ def _become_daemon(main: Callable[[Report], int], reading: int, writing: int) ->
         os.chdir("/")
         os.umask(0o077)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        forbid_dumps()
-        forbid_swapping()
+        protect_keys()
         null = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(null, stream)

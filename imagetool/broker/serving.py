@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from encfs.errors import FormatError, NotFoundError, StorageError, UsageError
+from encfs.hardening import forbid_swapping
 from imagetool.broker.config import BrokerConfig
 from imagetool.broker.endorsements import EndorsementStore, load_endorsements
 from imagetool.broker.opening import OpenedBroker
@@ -194,6 +195,8 @@ def _work(
     from imagetool.broker.limits import RateLimiter
     from imagetool.broker.metrics import Metrics
 
+    # Locked memory is not inherited.
+    forbid_swapping()
     config = opened.config
     broker = Broker(
         Database(opened.database.url),

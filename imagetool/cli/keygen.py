@@ -47,9 +47,11 @@ def command(
         return
     if tpm.given:
         raise UsageError("a policy is for keys in a TPM", hint="give --tpm2, too")
+    from encfs.hardening import protect_keys
     from encfs.keys.files import write_key_files
     from encfs.keys.jwk import generate_key
 
+    protect_keys()
     kind = kind or "x25519"
     key = generate_key(kind)
     private, public = write_key_files(key, output)

@@ -190,10 +190,12 @@ def keyprovider(
     ] = None,
 ) -> None:
     """Be a key provider for skopeo, containerd and others: wrap and unwrap with the given keys."""
+    from encfs.hardening import protect_keys
     from imagetool.ocicrypt.keyservice import KeyService, load_keys
 
     if not keks:
         raise MissingKeyError("no key was given to wrap with", hint="pass one with --kek KID=KEYURI")
+    protect_keys()
     with closing(KeyService(load_keys(keks), name)) as service:
         if grpc is None:
             _answer_once(service)
@@ -288,20 +290,24 @@ def _platforms(texts: Sequence[str] | None) -> list[Platform]:
 
 @contextmanager
 def opened_recipients(texts: Sequence[str], kek: str | None) -> Iterator[list[Recipient]]:
+    from encfs.hardening import protect_keys
     from imagetool.ocicrypt.keys import parse_recipient
 
     if not texts:
         raise MissingKeyError("no recipient was given", hint="pass one with -r RECIPIENT")
+    protect_keys()
     with ExitStack() as stack:
         yield [stack.enter_context(closing(parse_recipient(text, kek))) for text in texts]
 
 
 @contextmanager
 def opened_keys(texts: Sequence[str]) -> Iterator[list[Opener]]:
+    from encfs.hardening import protect_keys
     from imagetool.ocicrypt.keys import parse_opener
 
     if not texts:
         raise MissingKeyError("no key was given to open the image", hint="pass one with -k KEYURI")
+    protect_keys()
     with ExitStack() as stack:
         yield [stack.enter_context(closing(parse_opener(text))) for text in texts]
 

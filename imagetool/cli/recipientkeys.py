@@ -43,12 +43,15 @@ def recipient_keys(
 
     Raises: UsageError, KeyFileError, NotFoundError; what a broker or key service that was named raises.
     """
+    from encfs.hardening import protect_keys
     from encfs.keyprovider.client import parse_service
     from encfs.keys.files import load_recipient_key
     from encfs.keys.providers.passphrase import read_passphrase
     from encfs.keys.recipients import WrappingService, mixes_post_quantum
     from encfs.keys.secrets import SymmetricKey
 
+    # The artifact's own keys are made for the recipients, whatever those are.
+    protect_keys()
     with ExitStack() as stack:
         keys: list[RecipientKey] = []
         for word in words:

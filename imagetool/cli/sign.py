@@ -23,10 +23,12 @@ def command(
     registry: RegistryOptions,
 ) -> None:
     """Add a signature. The trust options say what makes this the artifact that you mean to vouch for."""
+    from encfs.hardening import protect_keys
     from encfs.keys.files import load_signing_key
     from imagetool.pipeline.edit import sign_artifact
 
     policy = trust.policy()
+    protect_keys()
     signer = load_signing_key(key)
     with edited(reference, registry) as artifact:
         manifest = sign_artifact(

@@ -7,14 +7,18 @@ import os
 import pty
 import re
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from encfs.keys.secrets import SymmetricKey
 from tests.integration.test_tpm_sealing import ok
+from tests.support.broker import make_broker, serving
 from tests.support.tpm import SoftwareTpm, tpm
 
 __all__ = ["tpm"]
@@ -95,6 +99,7 @@ def test_commands_leave_no_core_file() -> None:
         "except SystemExit: print(resource.getrlimit(resource.RLIMIT_CORE)[0])"
     )
     limit = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    assert limit != 0, "core files are forbidden here anyway: nothing would be tested"
     done = subprocess.run(
         [sys.executable, "-c", code],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (limit, limit)),
@@ -154,3 +159,102 @@ def test_no_key_on_a_terminal(place: Path, tpm: SoftwareTpm) -> None:
         os.close(theirs)
     # Elsewhere it is what it was asked for.
     assert json.loads(ok("encfs", "unseal", "kek.tpm"))["k"] == json.loads((place / "kek.jwk").read_text())["k"]
+
+
+#: Prints what protects this process: the core file limit, whether others may look, locked kB.
+_SHOW = """
+import atexit, ctypes, re, resource
+def show():
+    limit = resource.getrlimit(resource.RLIMIT_CORE)
+    locked = re.search(r"VmLck:\\s+(\\d+)", open("/proc/self/status").read())[1]
+    print("\\nPROTECTION", *limit, ctypes.CDLL(None).prctl(3, 0, 0, 0, 0), locked)
+atexit.register(show)
+"""
+
+
+def protection(program: str, *words: str, prefix: Sequence[str] = ()) -> tuple[int, int, int, int]:
+    """Of a command at its end: soft and hard limit of core files, PR_GET_DUMPABLE, locked kB."""
+    code = f"{_SHOW}\nfrom {program}.cli import main\nmain()"
+    limit = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    done = subprocess.run(
+        [*prefix, sys.executable, "-c", code, *words],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (limit, limit)),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"PROTECTION (\d+) (-?\d+) (\d+) (\d+)", done.stdout)
+    assert found is not None, done.stdout
+    return tuple(map(int, found.groups()))  # type: ignore[return-value]
+
+
+def test_every_command_with_keys_is_protected(place: Path) -> None:
+    opening = ("-k", "kek.jwk", "--pin", pin(place))
+    ok("imagetool", "keygen", "-o", "owner.jwk", "--type", "ed25519")
+    commands = [
+        ("imagetool", "keygen", "-o", "new.jwk"),
+        ("imagetool", "encrypt", "data", "oci:b:t", "-r", "kek.jwk"),
+        ("imagetool", "decrypt", "oci:a:t", "out", *opening),
+        ("imagetool", "verify", "oci:a:t", *opening),
+        ("imagetool", "recipients", "add", "oci:a:t", "-r", "new.jwk.pub", *opening),
+        ("imagetool", "sign", "oci:a:t", "--key", "owner.jwk", "--pin", pin(place)),
+        ("imagetool", "broker", "init", "broker"),
+        ("imagetool", "broker", "key", "add", "broker", "default/key/chat", "--kek", "kek.jwk"),
+        ("encfs", "extract", "oci:a:t", "extracted", *opening),
+        ("encfs", "cat", "oci:a:t", "file", *opening),
+        ("encfs", "ls", "oci:a:t", *opening),
+    ]
+    for program, *words in commands:
+        soft, hard, dumpable, locked = protection(program, *words)
+        assert (soft, hard, dumpable) == (0, 0, 0), words
+        assert locked > 1024 or os.geteuid() != 0, words
+    # What holds no key keeps to the soft limit.
+    assert protection("imagetool", "inspect", "oci:a:t")[1:3] != (0, 0)
+
+
+@pytest.mark.root
+def test_memory_that_may_not_be_locked_is_a_line_in_the_log(place: Path) -> None:
+    words = ("cat", "oci:a:t", "file", "-k", "kek.jwk", "--pin", pin(place), "--debug")
+    prefix = ("setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock")
+    *kept, locked = protection("encfs", *words, prefix=prefix)
+    assert (kept, locked) == ([0, 0, 0], 0)
+    done = subprocess.run([*prefix, *ENCFS, *words], capture_output=True, check=False, timeout=60)
+    assert done.returncode == 0
+    assert done.stdout == b"content"
+    assert b"memory is not locked: the limit on locked memory is too low" in done.stderr
+
+
+@pytest.mark.root
+def test_an_unprivileged_user_works_with_protected_keys(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a process is not dumpable: what it does through /proc/self goes on working."""
+    digest = pin(place)
+    # pytest's own directories are the user's alone that runs it.
+    with tempfile.TemporaryDirectory() as directory:
+        home = Path(directory) / "home"
+        shutil.copytree(place, home)
+        for path in (Path(directory), home, *home.rglob("*")):
+            os.chown(path, 1000, 1000)
+        monkeypatch.chdir(home)
+        opening = ("-k", "kek.jwk", "--pin", digest)
+        for program, *words in (
+            ("imagetool", "encrypt", "data", "oci:b:t", "-r", "kek.jwk"),
+            ("imagetool", "decrypt", "oci:a:t", "out", *opening),
+            ("encfs", "extract", "oci:a:t", "extracted", *opening),
+        ):
+            user = ("setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups")
+            soft, hard, dumpable, _ = protection(program, *words, prefix=user)
+            assert (soft, hard, dumpable) == (0, 0, 0), words
+        assert (home / "out" / "file").read_bytes() == (home / "extracted" / "file").read_bytes() == b"content"
+        monkeypatch.chdir(place)
+
+
+def test_the_broker_and_its_workers_are_protected(tmp_path: Path) -> None:
+    with serving(make_broker(tmp_path / "b", "--host", "127.0.0.1")) as served:
+        for pid in (served.process.pid, *served.workers()):
+            limits = Path(f"/proc/{pid}/limits").read_text()
+            assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE)
+            locked = re.search(r"^VmLck:\s+(\d+) kB", status_of(pid), re.MULTILINE)
+            assert locked is not None
+            assert int(locked[1]) > 1024 or os.geteuid() != 0

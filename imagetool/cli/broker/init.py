@@ -61,6 +61,7 @@ def command(
 ) -> None:
     """Make a broker: its directory, database, key and certificate. It denies everything until it has a policy."""
     require_packages()
+    from encfs.hardening import protect_keys
     from encfs.keys.files import write_key_files
     from encfs.keys.jwk import generate_key
     from imagetool.broker.config import CONFIG_FILE, BrokerConfig
@@ -73,6 +74,7 @@ def command(
     if certificate is not None and hosts:
         raise UsageError("--host is for the self-signed certificate", hint="leave it out with --cert")
     index = _index(counter) if counter is not None else None
+    protect_keys()
     place = Path(directory).absolute()
     place.mkdir(mode=0o700, exist_ok=True)
     if (place / CONFIG_FILE).exists():

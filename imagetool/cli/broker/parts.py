@@ -41,8 +41,10 @@ def require_packages() -> None:
 def opened(directory: str) -> Iterator[OpenedBroker]:
     """Raises: as `open_broker`."""
     require_packages()
+    from encfs.hardening import protect_keys
     from imagetool.broker.opening import open_broker
 
+    protect_keys()
     broker = open_broker(Path(directory))
     try:
         yield broker
