@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from typing import TypeVar
 
 import anyio
@@ -24,7 +25,7 @@ from encfs.errors import EncfsError
 from encfs.kbs import protocol
 from encfs.kbs.protocol import error_document
 from imagetool.broker.handlers import Broker, Refusal
-from imagetool.broker.limits import RateLimiter
+from imagetool.broker.limits import ByteBudget, RateLimiter
 from imagetool.broker.metrics import Metrics
 
 #: Seconds for a request's body to arrive.
@@ -42,9 +43,18 @@ _Step = Callable[[Request], Awaitable[Response]]
 _logger = logging.getLogger(__name__)
 
 
-def make_app(broker: Broker, limiter: RateLimiter, metrics: Metrics, *, secure: bool) -> Starlette:
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one address may do: requests, sessions that it begins, bytes of messages that are in memory."""
+
+    requests: RateLimiter
+    sessions: RateLimiter
+    bodies: ByteBudget
+
+
+def make_app(broker: Broker, limits: Limits, metrics: Metrics, *, secure: bool) -> Starlette:
     """`secure`: served over TLS, so that the session's cookie is marked accordingly."""
-    api = _Api(broker, limiter, metrics, secure=secure)
+    api = _Api(broker, limits, metrics, secure=secure)
     routes = [
         Route(f"{protocol.PREFIX}/auth", api.step("auth", api.auth), methods=["POST"]),
         Route(f"{protocol.PREFIX}/attest", api.step("attest", api.attest), methods=["POST"]),
@@ -57,8 +67,8 @@ def make_app(broker: Broker, limiter: RateLimiter, metrics: Metrics, *, secure: 
 
 
 class _Api:
-    def __init__(self, broker: Broker, limiter: RateLimiter, metrics: Metrics, *, secure: bool) -> None:
-        self._broker, self._limiter, self._metrics = broker, limiter, metrics
+    def __init__(self, broker: Broker, limits: Limits, metrics: Metrics, *, secure: bool) -> None:
+        self._broker, self._limits, self._metrics = broker, limits, metrics
         self._attributes = "; Path=/; HttpOnly" + ("; Secure" if secure else "")
         self._threads: anyio.CapacityLimiter | None = None
 
@@ -115,19 +125,21 @@ class _Api:
         return endpoint
 
     def _admit(self, request: Request) -> None:
-        if not self._limiter.allow(_address(request)):
+        if not self._limits.requests.allow(_address(request)):
             raise Refusal(429, protocol.ERROR_BUSY, "too many requests from this address: try again later")
 
     async def auth(self, request: Request) -> Response:
-        body = await _body(request)
-        identity, challenge = await self._in_thread(lambda: self._broker.auth(body))
+        async with self._body(request) as body:
+            if not self._limits.sessions.allow(_address(request)):
+                raise Refusal(429, protocol.ERROR_BUSY, "too many sessions of this address: try again later")
+            identity, challenge = await self._in_thread(lambda: self._broker.auth(body))
         cookie = f"{protocol.SESSION_COOKIE}={identity}{self._attributes}"
         return JSONResponse(challenge, headers={"Set-Cookie": cookie, **_UNCACHED})
 
     async def attest(self, request: Request) -> Response:
         identity, client = _cookie(request), _address(request)
-        body = await _body(request)
-        answer = await self._in_thread(lambda: self._broker.attest(identity, body, client))
+        async with self._body(request) as body:
+            answer = await self._in_thread(lambda: self._broker.attest(identity, body, client))
         return JSONResponse(answer, headers=_UNCACHED)
 
     async def resource(self, request: Request) -> Response:
@@ -158,25 +170,33 @@ class _Api:
         content, kind = await self._in_thread(self._metrics.exposition)
         return Response(content, media_type=kind)
 
+    @asynccontextmanager
+    async def _body(self, request: Request) -> AsyncIterator[bytes]:
+        """The body, within its size, its time, and what may be in memory of all while it is."""
+        declared = request.headers.get("content-length", "0")
+        if not declared.isdecimal() or len(declared) > 9 or int(declared) > protocol.MAX_MESSAGE:
+            raise _too_large()
+        body, address = bytearray(), _address(request)
+        try:
+            await self._receive(request, body, address)
+            yield bytes(body)
+        finally:
+            self._limits.bodies.give_back(address, len(body))
+
+    async def _receive(self, request: Request, body: bytearray, address: str) -> None:
+        try:
+            with anyio.fail_after(BODY_TIMEOUT):
+                async for chunk in request.stream():
+                    if not self._limits.bodies.take(address, len(chunk)):
+                        raise Refusal(429, protocol.ERROR_BUSY, "too much is being sent: try again later")
+                    body += chunk
+                    if len(body) > protocol.MAX_MESSAGE:
+                        raise _too_large()
+        except TimeoutError:
+            raise Refusal(408, protocol.ERROR_REQUEST, "the message did not arrive in time") from None
+
 
 _UNCACHED = {"Cache-Control": "no-store"}
-
-
-async def _body(request: Request) -> bytes:
-    """The body, within its size and its time."""
-    declared = request.headers.get("content-length", "0")
-    if not declared.isdecimal() or len(declared) > 9 or int(declared) > protocol.MAX_MESSAGE:
-        raise _too_large()
-    body = bytearray()
-    try:
-        with anyio.fail_after(BODY_TIMEOUT):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > protocol.MAX_MESSAGE:
-                    raise _too_large()
-    except TimeoutError:
-        raise Refusal(408, protocol.ERROR_REQUEST, "the message did not arrive in time") from None
-    return bytes(body)
 
 
 def _too_large() -> Refusal:
@@ -193,7 +213,9 @@ def _address(request: Request) -> str:
 
 
 def _error(status: int, kind: str, detail: str) -> Response:
-    return JSONResponse(error_document(kind, detail), status, headers=_UNCACHED)
+    # Of these a part may be still to come, which nobody wants.
+    end = {"Connection": "close"} if status in (408, 413, 429) else {}
+    return JSONResponse(error_document(kind, detail), status, headers=_UNCACHED | end)
 
 
 async def _unknown(_request: Request, error: Exception) -> Response:

@@ -1,58 +1,103 @@
-"""Bounds of a connection that uvicorn itself does not have: the time and size of a request's head."""
+"""Bounds of connections that uvicorn itself does not have: times and sizes of requests, connections of one address."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Any
 
+import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from encfs.kbs.protocol import MAX_MESSAGE
+from imagetool.broker.limits import network
+
+#: Seconds for a TLS handshake.
+HANDSHAKE_TIMEOUT = 10.0
 #: Bytes of the request line and all headers.
 MAX_HEAD = 16 << 10
 #: Seconds from the connection, or from the first byte of a further request, to the end of the headers.
 HEAD_TIMEOUT = 10.0
+#: Bytes of a whole request, with what chunks and trailers take.
+MAX_REQUEST = MAX_HEAD + 2 * MAX_MESSAGE
+#: Seconds from the end of the headers to that of the request; whoever waits for the body gives up before.
+REST_TIMEOUT = 15.0
+
+
+class Loop(uvloop.Loop):
+    """An event loop whose servers have a deadline for TLS handshakes; uvicorn passes none on."""
+
+    async def create_server(self, *arguments: Any, **options: Any) -> Any:
+        if options.get("ssl") is not None:
+            options["ssl_handshake_timeout"] = HANDSHAKE_TIMEOUT
+        return await super().create_server(*arguments, **options)
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """HTTP/1.1 with a deadline for the head of each request, and a bound for its size."""
+    """HTTP/1.1 with a deadline and a bound for the head of each request and for the whole of it."""
+
+    #: Connections of one address, and how many there may be.
+    _open: Counter[str]
+    _most: int
 
     _deadline: asyncio.TimerHandle | None = None
-    _head = 0
+    _address = ""
+    _received = _bound = 0
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._await_head()
+        self._address = network(self.client[0]) if self.client else ""
+        self._open[self._address] += 1
+        if self._open[self._address] > self._most:
+            transport.abort()
+        self._await(HEAD_TIMEOUT, MAX_HEAD)
+        self._received = 0
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_arrived()
+        self._open[self._address] -= 1
+        if not self._open[self._address]:
+            del self._open[self._address]
+        self._arrived()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._deadline is not None:
-            self._head += len(data)
+        self._received += len(data)
         super().data_received(data)
-        if self._deadline is not None and self._head > MAX_HEAD and not self.transport.is_closing():
-            self.send_400_response("The request's head is too large.")
+        if self._deadline is not None and self._received > self._bound and not self.transport.is_closing():
+            if self._bound == MAX_HEAD:
+                self.send_400_response("The request's head is too large.")
+            else:  # an answer was given already; closing TLS in order would go on reading
+                self.transport.abort()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         if self._deadline is None:
-            self._await_head()
+            self._received = 0
+            self._await(HEAD_TIMEOUT, MAX_HEAD)
 
     def on_headers_complete(self) -> None:
-        self._head_arrived()
+        self._await(REST_TIMEOUT, MAX_REQUEST)
         super().on_headers_complete()
 
-    def _await_head(self) -> None:
-        self._head = 0
-        self._deadline = self.loop.call_later(HEAD_TIMEOUT, self._too_late)
+    def on_message_complete(self) -> None:
+        self._arrived()
+        super().on_message_complete()
 
-    def _head_arrived(self) -> None:
+    def _await(self, seconds: float, size: int) -> None:
+        self._arrived()
+        self._bound = size
+        self._deadline = self.loop.call_later(seconds, self._too_late)
+
+    def _arrived(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
     def _too_late(self) -> None:
         self._deadline = None
-        if not self.transport.is_closing():
-            self.transport.close()
+        self.transport.abort()
+
+
+def bounded_protocol(connections: int) -> type[BoundedProtocol]:
+    """The protocol for one process, in which one address has so many connections at most."""
+    return type("BoundedProtocol", (BoundedProtocol,), {"_open": Counter(), "_most": connections})

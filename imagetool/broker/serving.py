@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -28,6 +29,10 @@ from imagetool.broker.rollback import check_mark
 
 #: Connections of one worker.
 _MAX_CONNECTIONS = 1000
+#: Descriptors that a worker wants: those connections, as many whose handshake has not ended, database, sockets.
+_WANTED_FILES = 4096
+#: Bytes of messages that one worker has in memory.
+_BODIES_SIZE = 32 << 20
 _KEEP_ALIVE = 15
 _BACKLOG = 1024
 #: Seconds for requests under way when a broker is ended.
@@ -108,6 +113,9 @@ def prepare(opened: OpenedBroker) -> EndorsementStore:
 def serve(opened: OpenedBroker, options: ServeOptions, listener: socket.socket, store: EndorsementStore) -> None:
     """Serve until a signal ends it, which arrives as KeyboardInterrupt."""
     context = None if options.plain else server_context(opened.config)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < _WANTED_FILES:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(_WANTED_FILES, hard), hard))
     # Connections to a database do not survive a fork: each worker makes its own.
     opened.database.close()
     gc.collect()
@@ -188,11 +196,11 @@ def _work(
 
     import uvicorn
 
-    from imagetool.broker.app import make_app
+    from imagetool.broker.app import Limits, make_app
     from imagetool.broker.database import Database
     from imagetool.broker.handlers import Broker, Settings
-    from imagetool.broker.httpbounds import BoundedProtocol
-    from imagetool.broker.limits import RateLimiter
+    from imagetool.broker.httpbounds import Loop, bounded_protocol
+    from imagetool.broker.limits import ByteBudget, RateLimiter
     from imagetool.broker.metrics import Metrics
 
     # Locked memory is not inherited.
@@ -204,11 +212,18 @@ def _work(
         store,
         Settings(config.session_lifetime, config.max_sessions, options.demo, config.mark),
     )
-    app = make_app(broker, RateLimiter(config.rate, config.burst), Metrics(), secure=context is not None)
+    # An address has a half of all sessions at most, over all processes.
+    share = max(config.max_sessions // (4 * options.workers), 1)
+    limits = Limits(
+        requests=RateLimiter(config.rate, config.burst),
+        sessions=RateLimiter(share / config.session_lifetime, share),
+        bodies=ByteBudget(_BODIES_SIZE),
+    )
+    app = make_app(broker, limits, Metrics(), secure=context is not None)
     settings = uvicorn.Config(
         app,
-        http=BoundedProtocol,
-        loop="uvloop",
+        http=bounded_protocol(config.burst),
+        loop="none",  # ours, below
         ws="none",
         lifespan="on",
         interface="asgi3",
@@ -233,7 +248,7 @@ def _work(
         finally:
             watching.cancel()
 
-    with asyncio.Runner(loop_factory=settings.get_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=Loop) as runner:
         runner.run(run())
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import select
 import shutil
 import signal
+import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import threading
@@ -14,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -331,9 +336,51 @@ def test_a_crowd_is_told_to_wait(tmp_path: Path) -> None:
     config = directory / "broker.toml"
     config.write_text(config.read_text().replace("max_sessions = 20000", "max_sessions = 10"))
     with serving(directory) as broker:
-        for _ in range(10):
-            Handshake(broker.url, broker.ca).begin()
-        wait_until(lambda: Handshake(broker.url, broker.ca).auth().kind == "TooManyRequests")
+        for number in range(10):
+            Handshake(broker.url, broker.ca, source=f"127.0.1.{number + 1}").begin()
+        numbers = itertools.count(1)
+
+        def answer() -> Answer:
+            return Handshake(broker.url, broker.ca, source=f"127.0.2.{next(numbers)}").auth()
+
+        wait_until(lambda: answer().kind == "TooManyRequests")
+
+
+def test_one_address_does_not_keep_others_out(tmp_path: Path) -> None:
+    directory = make_broker(tmp_path / "b")
+    config = directory / "broker.toml"
+    content = (
+        config.read_text().replace("max_sessions = 20000", "max_sessions = 80").replace("burst = 200", "burst = 30")
+    )
+    config.write_text(content)
+    with serving(directory) as broker:
+        crowd = Handshake(broker.url, broker.ca)
+        begun = [crowd.auth().status for _ in range(30)]
+        # A quarter of the sessions in either worker.
+        assert 10 <= begun.count(200) <= 21
+        assert set(begun) == {200, 429}
+        address = urlsplit(broker.url)
+        context = ssl.create_default_context(cafile=str(broker.ca))
+        connections = []
+        for _ in range(90):
+            raw = socket.create_connection(("127.0.0.1", address.port), timeout=20)
+            connections.append(context.wrap_socket(raw, server_hostname="127.0.0.1"))
+        closed = select.select(connections, [], [], 5)[0]
+        assert len(closed) >= 30
+        assert Handshake(broker.url, broker.ca, source="127.0.0.2").attested().resource().status == 200
+        for connection in connections:
+            connection.close()
+
+
+@pytest.mark.parametrize("start", [b"2\r\n{}\r\n0\r\n", b""], ids=["trailers", "chunks"])
+def test_a_request_without_end(tmp_path: Path, start: bytes) -> None:
+    directory = make_broker(tmp_path / "b")
+    with serving(directory, "--plain-http") as broker:
+        raw = socket.create_connection(("127.0.0.1", urlsplit(broker.url).port), timeout=20)
+        raw.sendall(b"POST /kbs/v0/auth HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + start)
+        piece = b"X-Y: " + b"z" * 16379 if start else b"1\r\nx\r\n" * 2000
+        with raw, pytest.raises(OSError, match=r"reset|Broken pipe"):
+            raw.sendall(piece * 1000)
 
 
 def test_rates_of_one_address(tmp_path: Path) -> None:

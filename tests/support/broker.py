@@ -158,6 +158,8 @@ class Handshake:
     version: str = "0.4.0"
     tee: str = "sample"
     evidence: Evidence = sample
+    #: The client's own address.
+    source: str = "127.0.0.1"
     cookie: str = ""
     nonce: str = ""
     key: PrivateKey = field(default_factory=jwe.session_key)
@@ -168,9 +170,13 @@ class Handshake:
         connection: http.client.HTTPConnection
         if address.scheme == "https":
             context = ssl.create_default_context(cafile=str(self.ca))
-            connection = http.client.HTTPSConnection(address.hostname, address.port, timeout=30, context=context)
+            connection = http.client.HTTPSConnection(
+                address.hostname, address.port, timeout=30, context=context, source_address=(self.source, 0)
+            )
         else:
-            connection = http.client.HTTPConnection(address.hostname, address.port, timeout=30)
+            connection = http.client.HTTPConnection(
+                address.hostname, address.port, timeout=30, source_address=(self.source, 0)
+            )
         sent = {"Cookie": self.cookie} if self.cookie else {}
         content = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         try:

@@ -13,7 +13,7 @@ from encfs.errors import ConflictError, EncfsError, IntegrityError, NotFoundErro
 from encfs.keys.secrets import SymmetricKey
 from imagetool.broker import log, state
 from imagetool.broker.database import Database, parse_url
-from imagetool.broker.limits import RateLimiter
+from imagetool.broker.limits import ByteBudget, RateLimiter, network
 from imagetool.broker.tables import DECISIONS, METADATA, RESOURCES, STATE
 from imagetool.broker.vault import Vault
 from imagetool.broker.writer import Writer
@@ -278,3 +278,26 @@ def test_rates_are_per_address_and_bounded() -> None:
     assert limiter.allow("b")
     now[0] += 1
     assert [limiter.allow("a") for _ in range(3)] == [True, True, False]
+
+
+def test_what_counts_as_one_address() -> None:
+    assert network("192.0.2.1") == network("::ffff:192.0.2.1") == "192.0.2.1"
+    assert network("2001:db8:1:2::1") == network("2001:db8:1:2:ffff::9") != network("2001:db8:1:3::1")
+    assert network("fe80::1%eth0") == network("fe80::2%eth1")
+    assert network("unknown") == "unknown"
+    limiter = RateLimiter(1, 1, clock=lambda: 0)
+    assert [limiter.allow(one) for one in ("2001:db8::1", "2001:db8::2", "2001:db8:0:1::")] == [True, False, True]
+
+
+def test_bytes_under_way_are_shared() -> None:
+    budget = ByteBudget(100)
+    assert budget.take("a", 50)
+    assert not budget.take("a", 1)
+    assert budget.take("b", 30)
+    assert budget.take("c", 20)
+    assert not budget.take("d", 1)
+    budget.give_back("a", 50)
+    assert budget.take("d", 50)
+    for name, size in (("b", 30), ("c", 20), ("d", 50)):
+        budget.give_back(name, size)
+    assert budget.take("a", 50)
