@@ -11,7 +11,7 @@ import select
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from encfs.errors import MountError, NotMountedError
@@ -40,7 +40,6 @@ from encfs.mount.runtime import (
 _PATIENCE = 5.0
 #: Seconds between two looks at something that gives no notice.
 _INTERVAL = 0.02
-_STATUS_FIELDS = frozenset(item.name for item in fields(MountStatus))
 
 
 class _NoDaemonError(Exception):
@@ -233,11 +232,10 @@ def clear_leftovers(mountpoint: str) -> None:
 
 
 def _parse_status(answer: Mapping[str, object]) -> MountStatus:
-    status = answer.get("status")
-    if not isinstance(status, dict) or not isinstance(status.get("mountpoint"), str):
+    status = MountStatus.from_json(answer.get("status"))
+    if status is None:
         raise _SilentError
-    # A daemon of another version may know more or less.
-    return MountStatus(**{name: value for name, value in status.items() if name in _STATUS_FIELDS})
+    return status
 
 
 def _connect(path: Path) -> socket.socket:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -101,3 +101,11 @@ class MountStatus:
     def to_json(self) -> dict[str, object]:
         """A JSON object with these fields, in this order."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, document: object) -> MountStatus | None:
+        """What `to_json` made, of another version perhaps, which knows more or less; None where it is none."""
+        if not isinstance(document, dict) or not isinstance(document.get("mountpoint"), str):
+            return None
+        known = {item.name for item in fields(cls)}
+        return cls(**{"state": "serving"} | {name: value for name, value in document.items() if name in known})

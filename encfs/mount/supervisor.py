@@ -16,7 +16,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 
 from encfs import errors
@@ -26,6 +26,7 @@ from encfs.mount.client import clear_leftovers, is_abandoned
 from encfs.mount.daemon import READY_TIMEOUT
 from encfs.mount.fusedevice import open_mounted, refuse_requests
 from encfs.mount.keeper import Keeper
+from encfs.mount.kernel import closing
 from encfs.mount.logs import logging_to
 from encfs.mount.mountpoint import absolute, check_fuse, prepare, top_mount, unmount
 from encfs.mount.options import MountOptions, MountStatus
@@ -62,8 +63,11 @@ class _Daemon:
 class Supervisor:
     """One mount, from before its first daemon to after its last."""
 
-    def __init__(self, words: Sequence[str], place: str, options: MountOptions, reference: str, directory: str) -> None:
-        """`words` start a daemon once `--fuse-fd N` is added to them. `place` is a fit mount point, absolute."""
+    def __init__(self, words: Sequence[str], place: str, options: MountOptions, reference: str, directory: int) -> None:
+        """`words` start a daemon once `--fuse-fd N` is added to them. `place` is a fit mount point, absolute.
+
+        `directory` is a descriptor of where the words were given: paths in them are meant from there.
+        """
         self._words = words
         self._place = place
         self._options = options
@@ -131,7 +135,7 @@ class Supervisor:
                     return
                 self._lose(daemon)
             if self._daemon is None and time.monotonic() >= self._next_start:
-                self._start()
+                self._start_again()
             if self._refusing and not refuse_requests(self._keeper.descriptor):
                 return
 
@@ -173,21 +177,47 @@ class Supervisor:
     # Daemons
 
     def _start(self) -> None:
+        """Raises: MountError."""
+        try:
+            daemon = self._daemon = self._spawn()
+        except OSError as error:
+            raise MountError(f"the mount's daemon cannot be started: {error.strerror}") from None
+        try:
+            self._keeper.hand_over(daemon.channel, relayed=True)
+        except (OSError, MountError) as error:
+            # It has ended already, or waits in vain.
+            log.warning("%s: the handover failed: %s", self._place, error)
+            daemon.process.terminate()
+        daemon.channel.setblocking(False)
+
+    def _spawn(self) -> _Daemon:
         ours, theirs = socket.socketpair()
         number = theirs.fileno()
-        with theirs:
-            process = subprocess.Popen(
-                [*self._words, "--fuse-fd", str(number)],
-                pass_fds=[number],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                # Paths in the words are meant from where the command was given.
-                cwd=self._directory,
-            )
-        self._daemon = _Daemon(process, os.pidfd_open(process.pid), ours)
-        with suppress(BrokenPipeError):
-            self._keeper.hand_over(ours, relayed=True)
-        ours.setblocking(False)
+        with ExitStack() as undo:
+            undo.callback(ours.close)
+            with theirs:
+                process = subprocess.Popen(
+                    [*self._words, "--fuse-fd", str(number)],
+                    pass_fds=[number],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    # By its descriptor: it may have another name by now, or none.
+                    cwd=f"/proc/self/fd/{self._directory}",
+                )
+            undo.callback(process.kill)
+            daemon = _Daemon(process, os.pidfd_open(process.pid), ours)
+            undo.pop_all()
+        return daemon
+
+    def _start_again(self) -> None:
+        """What keeps a daemon from being started now, such as an upgrade under way, may have passed the next time."""
+        try:
+            self._start()
+        except MountError as error:
+            self._pause = min(self._pause * 2, _LONGEST_PAUSE)
+            self._next_start = time.monotonic() + self._pause
+            self._keeper.reason = error.message
+            log.warning("%s: %s", self._place, error.message)
 
     def _lose(self, daemon: _Daemon) -> None:
         code = daemon.process.returncode
@@ -308,8 +338,9 @@ class Supervisor:
                 if daemon.process.poll() is not None:
                     break
         for answer in daemon.answers:
-            if isinstance(status := answer.get("status"), dict):
-                return MountStatus(**status)
+            # After an upgrade the daemon may be of another version.
+            if (status := MountStatus.from_json(answer.get("status"))) is not None:
+                return status
         return self._own_status("silent")
 
 
@@ -325,22 +356,23 @@ def supervise(
     In the background it returns once the mount answers, in the foreground when it has ended.
     Raises: EncfsError, what the first daemon reports among them.
     """
-    place, directory = absolute(mountpoint), os.getcwd()
+    place = absolute(mountpoint)
     prepare(place, is_abandoned)
     clear_leftovers(place)
     check_fuse(allow_other=options.allow_other)
-    if options.foreground:
-        with logging_to(options.log_file, options.log_format):
-            Supervisor(words, place, options, reference, directory).run(on_ready)
-        return
-    report = run_in_background(
-        lambda report: _background(words, place, options, reference, directory, report), timeout=READY_TIMEOUT
-    )
+    with closing(os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as directory:
+        if options.foreground:
+            with logging_to(options.log_file, options.log_format):
+                Supervisor(words, place, options, reference, directory).run(on_ready)
+            return
+        report = run_in_background(
+            lambda report: _background(words, place, options, reference, directory, report), timeout=READY_TIMEOUT
+        )
     on_ready(MountStatus(**report))  # type: ignore[arg-type]
 
 
 def _background(
-    words: Sequence[str], place: str, options: MountOptions, reference: str, directory: str, report: Report
+    words: Sequence[str], place: str, options: MountOptions, reference: str, directory: int, report: Report
 ) -> int:
     try:
         # One log for supervisor and daemons, which goes with the mount unless it was asked for.

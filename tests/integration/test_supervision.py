@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ class Mounted:
         self.base = base
         self.place = base / "mount"
         self.place.mkdir()
+        self.working_directory = REPOSITORY
         self.environment = {**os.environ, "ENCFS_RUNTIME_DIR": str(base / "run")}
         model = base / "model"
         model.mkdir()
@@ -54,8 +56,8 @@ class Mounted:
     def encfs(self, *words: str | Path, code: int = 0, **environment: str) -> dict[str, Any]:
         done = subprocess.run(
             [sys.executable, "-m", "tests.support.supervised", *words, "--json"],
-            cwd=REPOSITORY,
-            env={**self.environment, **environment},
+            cwd=self.working_directory,
+            env={**self.environment, "PYTHONPATH": str(REPOSITORY), **environment},
             capture_output=True,
             text=True,
             timeout=60,
@@ -206,6 +208,32 @@ def test_hangup_replaces_the_daemon(mounted: Mounted) -> None:
     assert (later["reason"], later["pid"] != status["pid"]) == ("replaced", True)
     assert mounted.read(descriptor, 1 << 20, 4096)
     os.close(descriptor)
+
+
+def test_a_daemon_that_cannot_be_started_is_started_later(mounted: Mounted) -> None:
+    status = mounted.mount()
+    limits = resource.prlimit(status["supervisor"], resource.RLIMIT_NOFILE)
+    descriptors = sorted(map(int, os.listdir(f"/proc/{status['supervisor']}/fd")))
+    free = next(number for number in range(len(descriptors) + 1) if number not in descriptors)
+    resource.prlimit(status["supervisor"], resource.RLIMIT_NOFILE, (max(free, 8), limits[1]))
+    os.kill(status["pid"], signal.SIGKILL)
+    assert wait_for_end(status["pid"])
+    time.sleep(1)
+    resource.prlimit(status["supervisor"], resource.RLIMIT_NOFILE, limits)
+    later = mounted.wait_for(lambda status: status["state"] == "serving" and status["restarts"] == 1)
+    assert "Too many open files" in Path(later["log_file"]).read_text()
+    assert (mounted.place / "hello").read_text() == "hello\n"
+
+
+def test_the_directory_that_the_command_was_given_in_may_go(mounted: Mounted) -> None:
+    mounted.working_directory = mounted.base / "work"
+    mounted.working_directory.mkdir()
+    status = mounted.mount()
+    mounted.working_directory.rmdir()
+    mounted.working_directory = REPOSITORY
+    os.kill(status["pid"], signal.SIGKILL)
+    mounted.wait_for(lambda status: status["state"] == "serving" and status["restarts"] == 1)
+    assert (mounted.place / "hello").read_text() == "hello\n"
 
 
 @pytest.mark.parametrize("how", ["umount", "SIGTERM", "force"])
