@@ -22,8 +22,10 @@ def command(
     number = parse_nv_index(index)
     require_library()
     from encfs.tpm.counter import advance
+    from encfs.tpm.storage import opened_storage
 
-    value = advance(number)
+    with opened_storage() as storage:
+        value = advance(storage, number)
     terminal.result(
         {"index": f"{number:#010x}", "value": value},
         [f"the NV counter {number:#010x} is at {value}: what was sealed to it before opens no more"],

@@ -18,7 +18,7 @@ from encfs.tpm.connection import (
     translated,
 )
 from encfs.tpm.policy import CounterLimit
-from encfs.tpm.storage import Storage, opened_storage
+from encfs.tpm.storage import Storage
 
 _SIZE = 8
 # Used without a password: whoever may use the TPM may move it on, which takes access away and never gives it.
@@ -51,21 +51,33 @@ def current_limit(storage: Storage, index: int) -> CounterLimit:
     return CounterLimit(index, bytes(storage.tpm.tr_get_name(handle)), value)
 
 
-def advance(index: int) -> int:
+def value(storage: Storage, index: int) -> int:
+    """The value of a counter. Raises: KeyProviderError where there is none or it has none yet."""
+    what = f"the NV counter {index:#010x}"
+    try:
+        return _read(storage, _found(storage, index), what)
+    except _AbsentError:
+        raise _absent(what) from None
+
+
+def advance(storage: Storage, index: int) -> int:
     """Move a counter on, and return its value: what was sealed to it before does not open any more.
 
-    Raises: KeyProviderError where there is none or the TPM cannot be used.
+    Raises: KeyProviderError where there is none.
     """
     what = f"the NV counter {index:#010x}"
-    with opened_storage() as storage:
-        try:
-            handle = _found(storage, index)
-        except _AbsentError:
-            raise KeyProviderError(
-                f"{what} is not there", hint="encfs seal --tpm2-nv-counter makes one; list them: tpm2_nvreadpublic"
-            ) from None
-        _increment(storage, handle, what)
-        return _read(storage, handle, what)
+    try:
+        handle = _found(storage, index)
+    except _AbsentError:
+        raise _absent(what) from None
+    _increment(storage, handle, what)
+    return _read(storage, handle, what)
+
+
+def _absent(what: str) -> KeyProviderError:
+    return KeyProviderError(
+        f"{what} is not there", hint="encfs seal --tpm2-nv-counter makes one; list them: tpm2_nvreadpublic"
+    )
 
 
 def _found(storage: Storage, index: int) -> ESYS_TR:

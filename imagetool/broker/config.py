@@ -5,7 +5,7 @@
 | `database` | `sqlite` (`broker.db` in the directory), or `postgresql://…` |
 | `kek` | key URI of the key-encryption key; a relative file is in the directory |
 | `certificate`, `private_key` | PEM files of the server; without them it serves without TLS only when asked to |
-| `counter_index`, `counter_base` | the NV counter that marks the highest epoch seen (`rollback.py`) |
+| `counter_index`, `counter_base`, `counter_tpm` | the NV counter that marks the highest epoch seen (`rollback.py`) |
 | `endorsements` | a directory with VCEK and VLEK certificates, and `collateral.json` of Intel's |
 | `session_lifetime` | seconds, 300 by default |
 | `max_sessions` | most sessions at one time, 20000 by default |
@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,6 +28,8 @@ from imagetool.broker.rollback import CounterMark
 
 CONFIG_FILE = "broker.toml"
 _MAX_SIZE = 64 << 10
+_COUNTER = frozenset({"counter_index", "counter_base", "counter_tpm"})
+_NAME = re.compile(r"[0-9a-f]{68}", re.ASCII)
 _BOUNDS = {
     "counter_index": (0x01000000, 0x01FFFFFF),
     "counter_base": (0, 2**53 - 1),
@@ -48,6 +51,7 @@ class BrokerConfig:
     private_key: str | None = None
     counter_index: int | None = None
     counter_base: int | None = None
+    counter_tpm: str | None = None
     endorsements: str | None = None
     session_lifetime: int = 300
     max_sessions: int = 20_000
@@ -56,17 +60,19 @@ class BrokerConfig:
 
     @property
     def mark(self) -> CounterMark | None:
-        if self.counter_index is None or self.counter_base is None:
+        if self.counter_index is None or self.counter_base is None or self.counter_tpm is None:
             return None
-        return CounterMark(self.counter_index, self.counter_base)
+        return CounterMark(
+            self.counter_index, self.counter_base, bytes.fromhex(self.counter_tpm), self.path(CONFIG_FILE)
+        )
 
     @property
     def kek_uri(self) -> str:
         """The key URI, with a relative path made absolute."""
         scheme, separator, rest = self.kek.partition(":")
-        if separator and scheme in ("file", "tpm2"):
-            return f"{scheme}:{self.directory / rest}"
-        return self.kek
+        if not separator:
+            scheme, rest = "file", self.kek
+        return f"{scheme}:{self.directory / rest}" if scheme in ("file", "tpm2", "sealed") else self.kek
 
     def path(self, name: str) -> Path:
         return self.directory / name
@@ -91,6 +97,9 @@ def read_config(directory: Path) -> BrokerConfig:
         if name not in known:
             raise FormatError(f"{path}: {show_name(name)} is not known", hint="docs/broker.md lists the members")
         _check(path, name, value)
+    # One of them alone would be no mark, and nobody would notice.
+    if 0 < len(members.keys() & _COUNTER) < len(_COUNTER):
+        raise FormatError(f"{path}: {', '.join(sorted(_COUNTER))} belong together, as init writes them")
     return BrokerConfig(directory.absolute(), **members)
 
 
@@ -117,3 +126,5 @@ def _check(path: Path, name: str, value: Any) -> None:
             raise FormatError(f"{path}: {name} is not a number from {low} to {high}")
     elif not isinstance(value, str) or not value:
         raise FormatError(f"{path}: {name} is not text")
+    elif name == "counter_tpm" and not _NAME.fullmatch(value):
+        raise FormatError(f"{path}: {name} is not the name of a TPM's storage root key")

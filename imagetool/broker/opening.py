@@ -9,9 +9,9 @@ from encfs.errors import FormatError, NotFoundError
 from encfs.keys.providers import fetched_key
 from encfs.keys.secrets import SymmetricKey
 from imagetool.broker import log, state
-from imagetool.broker.config import BrokerConfig, read_config, write_config
+from imagetool.broker.config import CONFIG_FILE, BrokerConfig, read_config, write_config
 from imagetool.broker.database import Database, create_sqlite_file, parse_url
-from imagetool.broker.rollback import CounterMark, check_mark, new_mark
+from imagetool.broker.rollback import check_mark, new_mark
 from imagetool.broker.state import State
 from imagetool.broker.vault import Vault
 
@@ -69,9 +69,9 @@ def create_broker(config: BrokerConfig, counter_index: int | None) -> BrokerConf
             log.append(
                 connection, vault, time=database.now(connection), event="init", path="", members={"epoch": made.epoch}
             )
-            mark: CounterMark | None = new_mark(counter_index) if counter_index is not None else None
-            if mark is not None:
-                config = replace(config, counter_index=mark.index, counter_base=mark.base)
+            if counter_index is not None:
+                mark = new_mark(counter_index, config.path(CONFIG_FILE))
+                config = replace(config, counter_index=mark.index, counter_base=mark.base, counter_tpm=mark.tpm.hex())
             write_config(config)
     finally:
         database.close()

@@ -23,10 +23,13 @@ from urllib.parse import urlsplit
 import pytest
 
 from encfs.attestation import amd
+from encfs.errors import RollbackError
 from encfs.kbs import jwe
 from encfs.keys.keyring import create_keyring, parse_keyring
 from encfs.keys.providers import provider_from_uri
 from encfs.keys.secrets import SymmetricKey
+from imagetool.broker.config import read_config
+from imagetool.broker.rollback import check_mark
 from tests.support.broker import (
     BIN,
     PATH,
@@ -502,3 +505,35 @@ def test_a_sealed_kek_and_a_mark_in_the_tpm(tmp_path: Path, tpm: SoftwareTpm) ->
     # Another boot state: the KEK stays sealed.
     tpm.extend(7)
     assert imagetool("broker", "key", "list", directory, code=24)["error"]["type"] == "KeyRefusedError"
+
+
+def test_the_mark_is_of_one_tpm_and_moved_by_one_at_a_time(tmp_path: Path, tpm: SoftwareTpm) -> None:
+    directory = make_broker(tmp_path / "b", "--tpm2-nv-counter", "0x01800101")
+    mark = read_config(directory).mark
+    assert mark is not None
+    with ThreadPoolExecutor(4) as pool:
+        # Changes by the owner, and workers that notice them: the mark comes up to the epoch, and no further.
+        list(pool.map(lambda epoch: subprocess.run(_check(directory, epoch), check=True), [6, 6, 6, 6]))
+    check_mark(mark, 6)
+    with pytest.raises(RollbackError):
+        check_mark(mark, 5)
+
+    # The counter is gone: nobody knows what was seen.
+    tpm.tool("nvundefine", "0x01800101")
+    refused = imagetool("broker", "serve", directory, "--listen", "127.0.0.1:0", code=23)
+    assert "is not there" in refused["error"]["message"]
+    # So it is with another TPM, although that has a counter there.
+    tpm.replace()
+    tpm.tool("nvdefine", "0x01800101", "-C", "o", "-a", "authread|authwrite|ownerread|ownerwrite|no_da|nt=1")
+    tpm.tool("nvincrement", "0x01800101")
+    refused = imagetool("broker", "serve", directory, "--listen", "127.0.0.1:0", code=24)
+    assert "not the TPM" in refused["error"]["message"]
+
+
+def _check(directory: Path, epoch: int) -> list[str]:
+    """A process that has seen an epoch."""
+    code = (
+        "import sys, pathlib; from imagetool.broker import config, rollback; "
+        "rollback.check_mark(config.read_config(pathlib.Path(sys.argv[1])).mark, int(sys.argv[2]))"
+    )
+    return [sys.executable, "-c", code, str(directory), str(epoch)]

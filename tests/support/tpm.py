@@ -63,6 +63,13 @@ class SoftwareTpm:
         self.stop()
         self.start()
 
+    def replace(self) -> None:
+        """Another TPM in the place of this one."""
+        self.stop()
+        shutil.rmtree(self._directory / "state")
+        (self._directory / "state").mkdir()
+        self.start()
+
     def remove(self) -> None:
         self.stop()
         shutil.rmtree(self._directory)
