@@ -28,7 +28,7 @@ ReferenceArgument = Annotated[
     str,
     typer.Argument(
         metavar="REF",
-        help="The artifact: oci:PATH[:TAG], docker://HOST/REPOSITORY[:TAG], or with @sha256:… for the tag.",
+        help="The artifact: oci:PATH[:TAG], oci-archive:FILE[:TAG] or docker://HOST/REPOSITORY[:TAG]; or @sha256:….",
         show_default=False,
     ),
 ]

@@ -131,11 +131,12 @@ class FilePool:
 
 
 class FileBlob:
-    """Random access to a regular file by `pread`. Thread-safe."""
+    """Random access to a regular file, or a part of one, by `pread`. Thread-safe."""
 
-    def __init__(self, pool: FilePool, opener: Callable[[], int], size: int, name: str) -> None:
-        """`opener` gives a descriptor of the checked file; `name` stands in messages."""
+    def __init__(self, pool: FilePool, opener: Callable[[], int], size: int, name: str, *, start: int = 0) -> None:
+        """`opener` gives a descriptor of the checked file; `name` stands in messages; the blob begins at `start`."""
         self.size = size
+        self._start = start
         self._pool = pool
         self._file = PooledFile(opener)
         self._name = name
@@ -147,7 +148,7 @@ class FileBlob:
         try:
             while buffer:
                 try:
-                    size = os.preadv(state.file, [buffer], offset)
+                    size = os.preadv(state.file, [buffer], self._start + offset)
                 except OSError as error:
                     raise StorageError(f"{self._name}: {error.strerror}") from None
                 if size == 0:
@@ -162,7 +163,7 @@ class FileBlob:
         if self._can_tell:
             state = self._pool.acquire(self._file)
             try:
-                return os.preadv(state.file, [buffer], offset, os.RWF_NOWAIT) == len(buffer)
+                return os.preadv(state.file, [buffer], self._start + offset, os.RWF_NOWAIT) == len(buffer)
             except BlockingIOError:
                 return False
             except OSError as error:

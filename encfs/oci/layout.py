@@ -8,7 +8,6 @@ blobs (`files`), what the blobs mean (`encfs.format`).
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -18,25 +17,21 @@ from pathlib import Path
 from encfs.encoding import parse_digest, sha256_digest
 from encfs.errors import (
     EncfsError,
-    FormatError,
     IntegrityError,
-    NotFoundError,
     StorageError,
-    UnsupportedError,
 )
-from encfs.oci.blobs import MAX_MANIFEST_SIZE, Descriptor, RawManifest
+from encfs.oci.blobs import Descriptor
 from encfs.oci.files import FileBlob, FileBlobWriter, FilePool, FileWriter, remove_stale, storage_errors
 from encfs.oci.layoutdirectory import BLOBS, LayoutMaker, open_layout
 from encfs.oci.layoutindex import LayoutIndex
+from encfs.oci.layoutsource import LayoutSource, blob_name
 from encfs.oci.reference import check_layout_tag
 
-_MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
-_INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 #: A blob this large is copied into a file that a later copy goes on with if this one is interrupted.
 _RESUMABLE_SIZE = 8 << 20
 
 
-class Layout:
+class Layout(LayoutSource):
     """One layout directory. Thread-safe for reading; every blob writer belongs to one thread at a time."""
 
     verifies = True
@@ -50,8 +45,7 @@ class Layout:
         StorageError.
         """
         self.path = Path(path)
-        self._tag = tag
-        self._digest = digest
+        super().__init__(self.path, tag, digest)
         self._files = FilePool()
         self._maker = LayoutMaker(self.path) if create else None
         try:
@@ -70,71 +64,25 @@ class Layout:
 
     # -- reading
 
-    def manifest(self, reference: str | None = None) -> RawManifest:
-        """The manifest of a tag or digest; None: what the reference named, or the only one of the layout.
-
-        Raises: NotFoundError, UsageError where the choice is open, IntegrityError, FormatError.
-        """
-        manifest = self.document(reference)
-        if manifest.media_type == _INDEX_TYPE:
-            raise UnsupportedError(
-                f"{self.path}: {manifest.digest} is an image index", hint="name one manifest by its digest"
-            )
-        return manifest
-
-    def document(self, reference: str | None = None) -> RawManifest:
-        """The manifest or index. Raises: as `manifest`, but for the index."""
-        entry = self._find(reference or self._digest or self._tag)
-        content = self.read_blob(entry, limit=MAX_MANIFEST_SIZE)
-        return RawManifest(content, entry.digest, entry.media_type)
-
-    def _find(self, reference: str | None) -> Descriptor:
-        entry = self._index.find(reference)
-        if entry is not None:
-            return entry
-        # A manifest that no tag names any more is still addressed by its digest.
-        digest = str(reference)
-        return Descriptor(_MANIFEST_TYPE, digest, self._stat_blob(digest).st_size)
-
-    def tags(self) -> list[str]:
-        """All tags, sorted."""
-        return self._index.tags()
-
-    def read_blob(self, descriptor: Descriptor, *, limit: int) -> bytes:
-        """A small blob whole, verified. Raises: FormatError, IntegrityError, NotFoundError, StorageError."""
-        if descriptor.size > limit:
-            raise FormatError(f"blob {descriptor.digest} has {descriptor.size} bytes, more than the {limit} allowed")
-        blob = self.open_blob(descriptor)
-        try:
-            content = bytearray(descriptor.size)
-            if content:
-                blob.read_into(0, memoryview(content))
-        finally:
-            blob.close()
-        if sha256_digest(content) != descriptor.digest:
-            raise IntegrityError(f"blob {descriptor.digest} in {self.path} has other content than its digest says")
-        return bytes(content)
+    def entries(self) -> list[Descriptor]:
+        """As `LayoutSource.entries`."""
+        return self._index.entries()
 
     def open_blob(self, descriptor: Descriptor) -> FileBlob:
         """Random access; the file is opened when it is first read, and again if it was closed to save descriptors.
 
         The layout must stay open meanwhile. Raises: NotFoundError, IntegrityError where the size differs, StorageError.
         """
-        status = self._stat_blob(descriptor.digest)
-        self._check_regular(status, descriptor.digest)
-        if status.st_size != descriptor.size:
-            raise IntegrityError(
-                f"blob {descriptor.digest} in {self.path} has {status.st_size} bytes, not {descriptor.size}"
-            )
+        self._check_size(descriptor)
         return FileBlob(
             self._files,
             lambda: self._open_file(descriptor.digest),
             descriptor.size,
-            f"{self.path}/{self._blob_name(descriptor.digest)}",
+            f"{self.path}/{blob_name(descriptor.digest)}",
         )
 
     def _open_file(self, digest: str) -> int:
-        name = self._blob_name(digest)
+        name = blob_name(digest)
         try:
             file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self._root)
         except FileNotFoundError:
@@ -152,46 +100,16 @@ class Layout:
         if not stat.S_ISREG(status.st_mode):
             raise IntegrityError(f"blob {digest} in {self.path} is no regular file")
 
-    def _no_blob(self, digest: str) -> NotFoundError:
-        return NotFoundError(f"{self.path} has no blob {digest}", hint="copy the artifact again")
-
-    def stream_blob(
-        self, descriptor: Descriptor, *, chunk_size: int = 1 << 20, offset: int = 0, verify: bool = True
-    ) -> Iterator[bytes]:
-        """The blob from `offset` on, in order; from 0, verified by its end."""
-        blob = self.open_blob(descriptor)
-        digest = hashlib.sha256() if verify and offset == 0 else None
+    def blob_size(self, digest: str) -> int:
+        """As `LayoutSource.blob_size`."""
         try:
-            for position in range(offset, descriptor.size, chunk_size):
-                chunk = bytearray(min(chunk_size, descriptor.size - position))
-                blob.read_into(position, memoryview(chunk))
-                if digest is not None:
-                    digest.update(chunk)
-                yield bytes(chunk)
-        finally:
-            blob.close()
-        if digest is not None and digest.digest() != parse_digest(descriptor.digest):
-            raise IntegrityError(f"blob {descriptor.digest} in {self.path} has other content than its digest says")
-
-    def has_blob(self, descriptor: Descriptor) -> bool:
-        """Whether a blob of that digest and size lies here; its content is not looked at."""
-        try:
-            status = self._stat_blob(descriptor.digest)
-        except NotFoundError:
-            return False
-        return stat.S_ISREG(status.st_mode) and status.st_size == descriptor.size
-
-    def _stat_blob(self, digest: str) -> os.stat_result:
-        try:
-            return os.stat(self._blob_name(digest), dir_fd=self._root, follow_symlinks=False)
+            status = os.stat(blob_name(digest), dir_fd=self._root, follow_symlinks=False)
         except FileNotFoundError:
             raise self._no_blob(digest) from None
         except OSError as error:
             raise StorageError(f"{self.path}: {error.strerror}") from None
-
-    @staticmethod
-    def _blob_name(digest: str) -> str:
-        return f"{BLOBS}/{parse_digest(digest).hex()}"
+        self._check_regular(status, digest)
+        return status.st_size
 
     # -- writing
 
@@ -250,7 +168,7 @@ class Layout:
     def remove_blob(self, descriptor: Descriptor) -> None:
         """Take back a blob that no manifest names yet."""
         with storage_errors(self.path), contextlib.suppress(FileNotFoundError):
-            os.unlink(self._blob_name(descriptor.digest), dir_fd=self._root)
+            os.unlink(blob_name(descriptor.digest), dir_fd=self._root)
 
     def put_manifest(
         self, content: bytes, media_type: str, *, tag: str | None = None, artifact_type: str | None = None

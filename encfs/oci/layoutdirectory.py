@@ -20,9 +20,9 @@ from encfs.strictjson import loads_object
 
 BLOBS = "blobs/sha256"
 INDEX_FILE = "index.json"
-_LAYOUT_FILE = "oci-layout"
+LAYOUT_FILE = "oci-layout"
 _LAYOUT_VERSION = "1.0.0"
-_MAX_MARKER = 4096
+MAX_MARKER = 4096
 _EMPTY_INDEX = json.dumps({"schemaVersion": 2, "manifests": []}, indent=2).encode()
 #: How long to wait for another process that holds a lock (seconds); it does so for milliseconds.
 LOCK_SECONDS = 30.0
@@ -85,12 +85,17 @@ def open_layout(path: Path) -> int:
 
 def _check_marker(root: int, path: Path) -> None:
     try:
-        content = read_file(root, path, _LAYOUT_FILE, _MAX_MARKER)
+        content = read_file(root, path, LAYOUT_FILE, MAX_MARKER)
     except NotFoundError:
-        raise NotFoundError(f"{path} is no OCI layout: it has no {_LAYOUT_FILE} file") from None
-    marker = loads_object(content, limit=_MAX_MARKER, what=f"{path}/{_LAYOUT_FILE}")
+        raise NotFoundError(f"{path} is no OCI layout: it has no {LAYOUT_FILE} file") from None
+    check_marker(content, path)
+
+
+def check_marker(content: bytes, where: object) -> None:
+    """Raises: FormatError, UnsupportedError for another version than ours."""
+    marker = loads_object(content, limit=MAX_MARKER, what=f"{where}/{LAYOUT_FILE}")
     if marker.get("imageLayoutVersion") != _LAYOUT_VERSION:
-        raise UnsupportedError(f"{path} is not an OCI layout of version {_LAYOUT_VERSION}")
+        raise UnsupportedError(f"{where} is not an OCI layout of version {_LAYOUT_VERSION}")
 
 
 class LayoutMaker:
@@ -110,7 +115,7 @@ class LayoutMaker:
             try:
                 self._make_files()
                 flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-                marker = os.open(self._path / _LAYOUT_FILE, flags)
+                marker = os.open(self._path / LAYOUT_FILE, flags)
             except FileNotFoundError:
                 continue
             try:
@@ -125,7 +130,7 @@ class LayoutMaker:
 
     def _make_files(self) -> None:
         self._path.mkdir(parents=True, exist_ok=True)
-        if (self._path / _LAYOUT_FILE).exists():
+        if (self._path / LAYOUT_FILE).exists():
             return
         # What a creation that was cut short may have left is taken over; the marker comes last.
         if {item.name for item in self._path.iterdir()} - {BLOBS.split("/")[0], INDEX_FILE}:
@@ -134,7 +139,7 @@ class LayoutMaker:
         # Another process may be creating the same layout, and may have filled it already.
         with contextlib.suppress(FileExistsError), open(self._path / INDEX_FILE, "xb") as file:
             file.write(_EMPTY_INDEX)
-        with contextlib.suppress(FileExistsError), open(self._path / _LAYOUT_FILE, "xb") as file:
+        with contextlib.suppress(FileExistsError), open(self._path / LAYOUT_FILE, "xb") as file:
             file.write(json.dumps({"imageLayoutVersion": _LAYOUT_VERSION}).encode())
             self._is_ours = True
 
@@ -157,7 +162,7 @@ class LayoutMaker:
             return False
         names = {item.name for item in self._path.iterdir()}
         return (
-            names <= {BLOBS.split("/")[0], INDEX_FILE, _LAYOUT_FILE}
+            names <= {BLOBS.split("/")[0], INDEX_FILE, LAYOUT_FILE}
             and (self._path / INDEX_FILE).read_bytes() == _EMPTY_INDEX
             and not any((self._path / BLOBS).iterdir())
         )
@@ -167,6 +172,6 @@ class LayoutMaker:
         (self._path / BLOBS).parent.rmdir()
         (self._path / INDEX_FILE).unlink()
         # From here on somebody else may make the layout again: only empty directories are removed any more.
-        (self._path / _LAYOUT_FILE).unlink()
+        (self._path / LAYOUT_FILE).unlink()
         for directory in self._missing:
             directory.rmdir()

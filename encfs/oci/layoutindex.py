@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from encfs.encoding import parse_digest
@@ -35,33 +35,7 @@ class LayoutIndex:
 
     def entries(self) -> list[Descriptor]:
         """Raises: NotFoundError, FormatError, StorageError."""
-        return [_parse_entry(item) for item in self._manifests(self._read())]
-
-    def tags(self) -> list[str]:
-        """All tags, sorted."""
-        return sorted(
-            {one.annotations[_TAG_ANNOTATION] for one in self.entries() if _TAG_ANNOTATION in one.annotations}
-        )
-
-    def find(self, reference: str | None) -> Descriptor | None:
-        """The entry of a tag or digest, or the only one (None); None where a digest is not listed.
-
-        Raises: NotFoundError; UsageError where the choice is open; FormatError, StorageError.
-        """
-        entries = self.entries()
-        if reference is not None and reference.startswith("sha256:"):
-            return next((entry for entry in entries if entry.digest == reference), None)
-        if reference is not None:
-            # Where a tag stands twice, the entry written last counts.
-            for entry in reversed(entries):
-                if entry.annotations.get(_TAG_ANNOTATION) == reference:
-                    return entry
-            raise NotFoundError(f"{self._path} has no tag {reference!r}", hint=_tags_hint(entries))
-        if len({entry.digest for entry in entries}) == 1:
-            return entries[0]
-        if not entries:
-            raise NotFoundError(f"{self._path} is an empty OCI layout")
-        raise UsageError(f"{self._path} holds several artifacts", hint=_tags_hint(entries))
+        return parse_entries(read_file(self._root, self._path, INDEX_FILE, MAX_MANIFEST_SIZE), self._path)
 
     def add(self, manifest: Descriptor, tag: str | None) -> None:
         """List a manifest; the tag names it, and no other one any more.
@@ -97,21 +71,11 @@ class LayoutIndex:
         with self._lock:
             lock(self._root, fcntl.LOCK_EX, self._path)
             try:
-                index = self._read()
-                yield self._manifests(index)
+                index = _parse(read_file(self._root, self._path, INDEX_FILE, MAX_MANIFEST_SIZE), self._path)
+                yield _manifests(index, self._path)
                 self._write(json.dumps(index, indent=2).encode())
             finally:
                 fcntl.flock(self._root, fcntl.LOCK_UN)
-
-    def _read(self) -> dict[str, object]:
-        content = read_file(self._root, self._path, INDEX_FILE, MAX_MANIFEST_SIZE)
-        return loads_object(content, limit=MAX_MANIFEST_SIZE, what=f"{self._path}/{INDEX_FILE}")
-
-    def _manifests(self, index: Mapping[str, object]) -> list[object]:
-        entries = index.get("manifests")
-        if not isinstance(entries, list):
-            raise FormatError(f"{self._path}/{INDEX_FILE} has no list of manifests")
-        return entries
 
     def _write(self, content: bytes) -> None:
         if len(content) > MAX_MANIFEST_SIZE:
@@ -133,12 +97,53 @@ class LayoutIndex:
             os.fsync(self._root)
 
 
+def parse_entries(content: bytes, where: object) -> list[Descriptor]:
+    """What an `index.json` lists; `where` names the layout in messages. Raises: FormatError."""
+    return [_parse_entry(item) for item in _manifests(_parse(content, where), where)]
+
+
+def tags_of(entries: Iterable[Descriptor]) -> list[str]:
+    """All tags, sorted."""
+    return sorted({entry.annotations[_TAG_ANNOTATION] for entry in entries if _TAG_ANNOTATION in entry.annotations})
+
+
+def find_entry(entries: Sequence[Descriptor], reference: str | None, where: object) -> Descriptor | None:
+    """The entry of a tag or digest, or the only one (None); None where a digest is not listed.
+
+    Raises: NotFoundError; UsageError where the choice is open.
+    """
+    if reference is not None and reference.startswith("sha256:"):
+        return next((entry for entry in entries if entry.digest == reference), None)
+    if reference is not None:
+        # Where a tag stands twice, the entry written last counts.
+        for entry in reversed(entries):
+            if entry.annotations.get(_TAG_ANNOTATION) == reference:
+                return entry
+        raise NotFoundError(f"{where} has no tag {reference!r}", hint=_tags_hint(entries))
+    if len({entry.digest for entry in entries}) == 1:
+        return entries[0]
+    if not entries:
+        raise NotFoundError(f"{where} is an empty OCI layout")
+    raise UsageError(f"{where} holds several artifacts", hint=_tags_hint(entries))
+
+
+def _parse(content: bytes, where: object) -> dict[str, object]:
+    return loads_object(content, limit=MAX_MANIFEST_SIZE, what=f"{where}/{INDEX_FILE}")
+
+
+def _manifests(index: Mapping[str, object], where: object) -> list[object]:
+    entries = index.get("manifests")
+    if not isinstance(entries, list):
+        raise FormatError(f"{where}/{INDEX_FILE} has no list of manifests")
+    return entries
+
+
 def _has_tag(item: object, tag: str) -> bool:
     return _parse_entry(item).annotations.get(_TAG_ANNOTATION) == tag
 
 
-def _tags_hint(entries: list[Descriptor]) -> str:
-    tags = sorted({entry.annotations[_TAG_ANNOTATION] for entry in entries if _TAG_ANNOTATION in entry.annotations})
+def _tags_hint(entries: Sequence[Descriptor]) -> str:
+    tags = tags_of(entries)
     if not tags:
         return "name a manifest by its digest, oci:PATH@sha256:…"
     shown = ", ".join(ascii(tag)[1:-1][:64] for tag in tags[:_LISTED_TAGS])

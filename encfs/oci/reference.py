@@ -2,6 +2,7 @@
 
     oci:PATH[:TAG]            an OCI image layout directory; also oci:PATH@sha256:<64 hex>
     docker://[HOST[:PORT]/]REPOSITORY[:TAG][@sha256:<64 hex>]    a registry
+    oci-archive:FILE[:TAG]    an OCI image layout in an uncompressed tar archive
     docker-archive:FILE       what `docker save` writes
     PATH                      a plain file or directory
 
@@ -18,7 +19,7 @@ from encfs.encoding import parse_digest
 from encfs.errors import FormatError, UsageError
 from encfs.strictjson import show_name
 
-Transport = Literal["oci", "docker", "docker-archive", "path"]
+Transport = Literal["oci", "oci-archive", "docker", "docker-archive", "path"]
 
 #: Where a `docker://` reference without a host leads, and the namespace of its official images.
 DEFAULT_REGISTRY = "docker.io"
@@ -44,7 +45,7 @@ _HOST = re.compile(
 )
 
 # Prefixes of transports that skopeo knows and that are not served here; a path of that name is written with "./".
-_FOREIGN = ("containers-storage:", "dir:", "docker-daemon:", "oci-archive:", "ostree:", "sif:", "tarball:")
+_FOREIGN = ("containers-storage:", "dir:", "docker-daemon:", "ostree:", "sif:", "tarball:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,9 @@ def parse_reference(text: str) -> Reference:
     if text.startswith("docker://"):
         return _parse_docker(text, text.removeprefix("docker://"))
     if text.startswith("oci:"):
-        return _parse_layout(text, text.removeprefix("oci:"))
+        return _parse_layout(text, "oci", text.removeprefix("oci:"))
+    if text.startswith("oci-archive:"):
+        return _parse_layout(text, "oci-archive", text.removeprefix("oci-archive:"))
     if text.startswith("docker-archive:"):
         path = text.removeprefix("docker-archive:")
         if not path or ":" in path:
@@ -132,13 +135,14 @@ def _split_digest(text: str, rest: str) -> tuple[str, str | None]:
     return head, digest
 
 
-def _parse_layout(text: str, rest: str) -> Reference:
+def _parse_layout(text: str, transport: Literal["oci", "oci-archive"], rest: str) -> Reference:
     rest, digest = _split_digest(text, rest)
-    # The first colon ends the path, as in skopeo: a layout's path cannot have one.
+    # The first colon ends the path, as in skopeo: the path of a layout or archive cannot have one.
     path, mark, tag = rest.partition(":")
     if not path:
-        raise UsageError(f"{show_name(text)} names no directory", hint="write oci:PATH[:TAG]")
-    return Reference("oci", path=path, tag=check_layout_tag(tag) if mark else None, digest=digest)
+        what = "directory" if transport == "oci" else "file"
+        raise UsageError(f"{show_name(text)} names no {what}", hint=f"write {transport}:PATH[:TAG]")
+    return Reference(transport, path=path, tag=check_layout_tag(tag) if mark else None, digest=digest)
 
 
 def _parse_docker(text: str, rest: str) -> Reference:

@@ -17,6 +17,10 @@ def open_source(reference: Reference, options: StoreOptions | None = None) -> Bl
     """The store to read a reference from. Raises: UsageError, UnsupportedError, what opening the store raises."""
     if reference.transport == "oci":
         return Layout(reference.path, tag=reference.tag, digest=reference.digest)
+    if reference.transport == "oci-archive":
+        from encfs.oci.layoutarchive import LayoutArchive
+
+        return LayoutArchive(reference.path, tag=reference.tag, digest=reference.digest)
     if reference.transport == "docker":
         # Imported here: a mount of a local layout needs no HTTP.
         from encfs.oci.cached import CachedSource
@@ -26,11 +30,18 @@ def open_source(reference: Reference, options: StoreOptions | None = None) -> Bl
 
 
 def open_sink(reference: Reference, options: StoreOptions | None = None) -> BlobTarget:
-    """The store to write to under a reference; a layout is created if need be. Raises: as `open_source`."""
+    """The store to write to under a reference; a layout is created if need be, an archive always.
+
+    Raises: as `open_source`; ConflictError where an archive exists.
+    """
     if reference.digest is not None:
         raise UsageError(f"{reference}: a digest cannot be written to", hint="name a tag")
     if reference.transport == "oci":
         return Layout(reference.path, tag=reference.tag, create=True)
+    if reference.transport == "oci-archive":
+        from encfs.oci.layoutarchive import ArchiveSink
+
+        return ArchiveSink(reference.path)
     if reference.transport == "docker":
         from encfs.oci.registry import Registry
 
@@ -42,5 +53,6 @@ def _unfit(reference: Reference) -> UsageError | UnsupportedError:
     if reference.transport == "path":
         return UsageError(f"{reference} names no artifact", hint=f"write oci:{reference} for an OCI layout")
     return UnsupportedError(
-        f"{reference}: this transport is not supported here", hint="use oci:PATH:TAG or docker://HOST/REPOSITORY:TAG"
+        f"{reference}: this transport is not supported here",
+        hint="use oci:PATH:TAG, oci-archive:FILE:TAG or docker://HOST/REPOSITORY:TAG",
     )

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from encfs.oci.blobs import Descriptor
     from encfs.oci.reference import Reference
 
-_FORMS = "oci:PATH[:TAG] or docker://HOST/REPOSITORY[:TAG]"
+_FORMS = "oci:PATH[:TAG], oci-archive:FILE[:TAG] or docker://HOST/REPOSITORY[:TAG]"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import typer
 from encfs.commandparts import IndexPlatformOption, MirrorOptions
 from encfs.terminal import Terminal
 
-_FORMS = "oci:PATH[:TAG] or docker://HOST/REPOSITORY[:TAG]"
+_FORMS = "oci:PATH[:TAG], oci-archive:FILE[:TAG] or docker://HOST/REPOSITORY[:TAG]"
 
 
 def command(

@@ -31,7 +31,7 @@ def command(
         str,
         typer.Argument(
             metavar="DEST",
-            help="A directory that does not exist yet, or is empty; or oci:… or docker://… for a container image.",
+            help="A directory that does not exist yet, or is empty; for an image oci:…, oci-archive:… or docker://….",
             show_default=False,
         ),
     ],

@@ -47,7 +47,7 @@ def edited(reference: str, registry: RegistryOptions) -> Iterator[Edited]:
     if parsed.transport != "oci":
         raise UsageError(
             f"{reference} is neither a layout nor in a registry",
-            hint="write oci:PATH:TAG or docker://HOST/REPOSITORY:TAG",
+            hint="write oci:PATH:TAG or docker://HOST/REPOSITORY:TAG; an archive is copied to a layout first",
         )
     with closing(Layout(parsed.path, tag=parsed.tag, digest=parsed.digest)) as layout:
         tag = parsed.tag

@@ -41,7 +41,8 @@ def command(
         str,
         typer.Argument(
             metavar="SRC",
-            help="A directory or a file; or a container image: docker://…, oci:PATH[:TAG], docker-archive:FILE.",
+            help="A directory or a file; or a container image: docker://…, oci:PATH[:TAG], oci-archive:FILE, "
+            "docker-archive:FILE.",
             show_default=False,
         ),
     ],
@@ -49,7 +50,8 @@ def command(
         str,
         typer.Argument(
             metavar="DEST",
-            help="oci:PATH[:TAG], a layout that is made where there is none, or docker://HOST/REPOSITORY[:TAG].",
+            help="oci:PATH[:TAG], a layout that is made where there is none, docker://HOST/REPOSITORY[:TAG], or "
+            "oci-archive:FILE[:TAG], a new file.",
             show_default=False,
         ),
     ],

@@ -34,7 +34,7 @@ app = typer.Typer(
 )
 recipients_app = typer.Typer(name="recipients", help="Show and change who can open such an image.")
 
-_FORMS = "oci:PATH[:TAG] or docker://HOST/REPOSITORY[:TAG]"
+_FORMS = "oci:PATH[:TAG], oci-archive:FILE[:TAG] or docker://HOST/REPOSITORY[:TAG]"
 SourceArgument = Annotated[str, typer.Argument(metavar="SRC", help=f"The image: {_FORMS}.", show_default=False)]
 DestinationArgument = Annotated[
     str, typer.Argument(metavar="DEST", help=f"Where the result goes: {_FORMS}.", show_default=False)

@@ -26,13 +26,13 @@ from encfs.keys.recipients import RecipientKey
 from encfs.oci.blobs import BlobTarget, Descriptor
 from encfs.oci.options import DEFAULT_CONCURRENCY
 from encfs.progress import Progress
+from encfs.tar.reader import TarReader
 from imagetool.pipeline.publish import IMAGE_UUID, ArtifactOptions, TrackedSink, check_options, write_documents
 from imagetool.pipeline.reuse import TakenLayer, take_layers
 from imagetool.sources.image import SourceImage, SourceImages
 from imagetool.tar.below import DirectoriesBelow
 from imagetool.tar.flatten import FlattenPlan
 from imagetool.tar.layer import write_layer
-from imagetool.tar.reader import TarReader
 from imagetool.tar.recipe import RecipeWriter
 from imagetool.tar.stream import ByteStream
 

@@ -11,8 +11,8 @@ from typing import Final
 
 from encfs.erofs.spool import open_temporary, storage_errors
 from encfs.erofs.writer import ErofsWriter
+from encfs.tar.reader import TarReader
 from imagetool.tar.layer import SparseBudget, Whiteout, classify
-from imagetool.tar.reader import TarReader
 
 _SCHEMA: Final = """
 CREATE TABLE entry (path BLOB, layer INTEGER, directory INTEGER, PRIMARY KEY (path, layer)) WITHOUT ROWID;

@@ -23,8 +23,8 @@ from encfs.erofs.structures import printable
 from encfs.erofs.writer import Entry, ErofsWriter, ImageSink
 from encfs.errors import SourceError
 from encfs.image.conventions import OPAQUE, PREFIX
+from encfs.tar.reader import Member, TarReader
 from imagetool.tar.below import DirectoriesBelow
-from imagetool.tar.reader import Member, TarReader
 
 WHITEOUT_PREFIX: Final = b".wh."
 #: Everything with this prefix belongs to AUFS and is no entry, but for the marker of opaque directories.

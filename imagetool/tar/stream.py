@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 class ByteStream:
-    """What comes out of an iterator of pieces (`imagetool.tar.reader.Input`)."""
+    """What comes out of an iterator of pieces (`encfs.tar.reader.Input`)."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces

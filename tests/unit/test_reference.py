@@ -91,7 +91,7 @@ def test_docker_hub_short_names(text: str, full: str) -> None:
         "docker-archive:a:b",
         "dir:/tmp/x",
         "containers-storage:x",
-        "oci-archive:x",
+        "oci-archive:",
     ],
 )
 def test_refused(text: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from encfs.errors import SourceError
-from imagetool.tar.reader import Member, TarReader
+from encfs.tar.reader import Member, TarReader
 
 KINDS = {
     tarfile.REGTYPE: stat.S_IFREG,

@@ -1,7 +1,7 @@
 """Members of a tar archive, in order, from a stream: ustar, pax, GNU and star headers, old ones too.
 
 Only one header and its extensions are in memory. Whatever is not read as a member's contents is handed to `literal`, so
-that a caller can keep it and give the archive back byte for byte. Not here: what names may be (`imagetool.layers`).
+that a caller can keep it and give the archive back byte for byte. Not here: what names may be.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from encfs.errors import SourceError
-from imagetool.tar.header import BLOCK, ZERO_BLOCK, Header, gnu_real_size, gnu_sparse_map, parse_header
-from imagetool.tar.pax import MAX_EXTENDED_SIZE, Extended, check_global, parse_extended
-from imagetool.tar.sparse import (
+from encfs.tar.header import BLOCK, ZERO_BLOCK, Header, gnu_real_size, gnu_sparse_map, parse_header
+from encfs.tar.pax import MAX_EXTENDED_SIZE, Extended, check_global, parse_extended
+from encfs.tar.sparse import (
     MAX_EXTENTS,
     check_extents,
     map_from_data,

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from encfs.errors import SourceError
-from imagetool.tar.header import BLOCK
-from imagetool.tar.pax import parse_integer
+from encfs.tar.header import BLOCK
+from encfs.tar.pax import parse_integer
 
 #: Pieces of data that a sparse file may have.
 MAX_EXTENTS: Final = 1 << 16

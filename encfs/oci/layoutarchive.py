@@ -1,0 +1,175 @@
+"""A tar archive of an OCI image layout (`oci-archive:`, as skopeo and podman write it) as a source and a sink.
+
+Blobs are read where they lie in the archive. Written is a layout in a hidden directory beside the archive, which moves
+into the archive file by file when it is complete; the archive then gets its name in one step. Not here: reading tar
+(`encfs.tar`), what `docker save` writes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from encfs.errors import ConflictError, FormatError
+from encfs.oci.blobs import MAX_MANIFEST_SIZE, Descriptor
+from encfs.oci.files import FileBlob, FileBlobWriter, FilePool, storage_errors
+from encfs.oci.layout import Layout
+from encfs.oci.layoutdirectory import BLOBS, INDEX_FILE, LAYOUT_FILE, MAX_MARKER, check_marker
+from encfs.oci.layoutindex import parse_entries
+from encfs.oci.layoutsource import LayoutSource, blob_name
+from encfs.tar.file import TarFile
+
+_HINT = "give what skopeo copy … oci-archive:FILE or podman save --format oci-archive has written"
+_COPY_SIZE = 1 << 20
+
+
+class LayoutArchive(LayoutSource):
+    """One archive file, not compressed. Thread-safe."""
+
+    def __init__(self, path: str, *, tag: str | None = None, digest: str | None = None) -> None:
+        """`tag` or `digest` say what `manifest()` gives.
+
+        Raises: NotFoundError, StorageError; UsageError, UnsupportedError, SourceError, FormatError where it is no such
+        archive.
+        """
+        super().__init__(path, tag, digest)
+        self._files = FilePool()
+        self._tar = TarFile(path, hint=_HINT)
+        try:
+            check_marker(self._document(LAYOUT_FILE, MAX_MARKER), path)
+            self._entries = parse_entries(self._document(INDEX_FILE, MAX_MANIFEST_SIZE), path)
+        except BaseException:
+            self._tar.close()
+            raise
+
+    def _document(self, name: str, limit: int) -> bytes:
+        if name not in self._tar.members:
+            raise FormatError(f"{self._tar.path} is no archive of an OCI layout: it has no {name}", hint=_HINT)
+        return self._tar.small(name, limit)
+
+    def entries(self) -> list[Descriptor]:
+        """As `LayoutSource.entries`."""
+        return self._entries
+
+    def blob_size(self, digest: str) -> int:
+        """As `LayoutSource.blob_size`."""
+        name = blob_name(digest)
+        if name not in self._tar.members:
+            raise self._no_blob(digest)
+        return self._tar.find(name).size
+
+    def open_blob(self, descriptor: Descriptor) -> FileBlob:
+        """Random access; the archive must stay open meanwhile. Raises: NotFoundError, IntegrityError, FormatError."""
+        self._check_size(descriptor)
+        name = blob_name(descriptor.digest)
+        start = self._tar.find(name).offset
+        return FileBlob(
+            self._files, lambda: os.dup(self._tar.file), descriptor.size, f"{self._tar.path}/{name}", start=start
+        )
+
+    def close(self) -> None:
+        """Harmless when called again."""
+        self._files.close()
+        self._tar.close()
+
+
+class ArchiveSink:
+    """An archive that does not exist yet: it appears when its manifest is put, with everything written before.
+
+    One manifest or index goes into an archive. Close it: without a manifest nothing is left.
+    """
+
+    verifies = True
+
+    def __init__(self, path: str) -> None:
+        """Raises: ConflictError where something has that name, StorageError."""
+        self._path = Path(path)
+        self._check_free()
+        with storage_errors(path):
+            self._directory = Path(tempfile.mkdtemp(prefix=f".{self._path.name}-", dir=self._path.parent))
+        try:
+            self._layout = Layout(self._directory / "layout", create=True)
+        except BaseException:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            raise
+
+    def _check_free(self) -> None:
+        if os.path.lexists(self._path):
+            raise ConflictError(f"{self._path} exists", hint="an archive is written once; choose another name")
+
+    def create_blob(self) -> FileBlobWriter:
+        """As `Layout.create_blob`."""
+        return self._layout.create_blob()
+
+    def write_blob(self, content: bytes, media_type: str) -> Descriptor:
+        """As `Layout.write_blob`."""
+        return self._layout.write_blob(content, media_type)
+
+    def has_blob(self, descriptor: Descriptor) -> bool:
+        """As `Layout.has_blob`."""
+        return self._layout.has_blob(descriptor)
+
+    def remove_blob(self, descriptor: Descriptor) -> None:
+        """As `Layout.remove_blob`."""
+        self._layout.remove_blob(descriptor)
+
+    def copy_blob(
+        self, descriptor: Descriptor, stream: Callable[[int], Iterator[bytes]], advance: Callable[[int], None]
+    ) -> None:
+        """As `Layout.copy_blob`; what was interrupted is begun anew."""
+        self._layout.copy_blob(descriptor, stream, advance)
+
+    def write_manifest(self, content: bytes, media_type: str) -> Descriptor:
+        """As `Layout.write_manifest`."""
+        return self._layout.write_manifest(content, media_type)
+
+    def put_manifest(
+        self, content: bytes, media_type: str, *, tag: str | None = None, artifact_type: str | None = None
+    ) -> Descriptor:
+        """Put the manifest in, and let the archive appear. Raises: as `Layout.put_manifest`, ConflictError."""
+        manifest = self._layout.put_manifest(content, media_type, tag=tag, artifact_type=artifact_type)
+        partial = self._directory / "archive"
+        with storage_errors(self._path):
+            with open(partial, "xb") as file:
+                self._write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            self._publish(partial)
+        return manifest
+
+    def _write(self, file: IO[bytes]) -> None:
+        layout = self._directory / "layout"
+        # Marker and index first, so that readers of streams know what comes.
+        names = [LAYOUT_FILE, INDEX_FILE, *sorted(f"{BLOBS}/{one}" for one in os.listdir(layout / BLOBS))]
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+            for name in names:
+                with open(layout / name, "rb") as source:
+                    member = tarfile.TarInfo(name)
+                    member.size = os.fstat(source.fileno()).st_size
+                    member.mode = 0o644
+                    archive.addfile(member, source)
+                if name.startswith(BLOBS):
+                    # What is in the archive needs its room no more.
+                    (layout / name).unlink()
+
+    def _publish(self, partial: Path) -> None:
+        try:
+            os.link(partial, self._path)
+        except FileExistsError:
+            self._check_free()
+            raise
+        directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def close(self) -> None:
+        """Remove what is not in the archive. Harmless when called again."""
+        self._layout.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
