@@ -19,7 +19,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from typing import Any
 
@@ -53,10 +53,12 @@ class Rule:
     #: How often the key is handed out.
     releases: int | None = None
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 (hex) over all that the rule says: keys at rest are bound to it."""
-        return hashlib.sha256(json.dumps(_plain(self), sort_keys=True).encode()).hexdigest()
+    #: SHA-256 (hex) over all of it: keys at rest are bound to it.
+    digest: str = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        content = {one.name: _plain(getattr(self, one.name)) for one in fields(self)[:-1]}
+        object.__setattr__(self, "digest", hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest())
 
     def to_json(self) -> dict[str, object]:
         """What is asked for, without what has its default; bytes in hex."""
@@ -66,7 +68,7 @@ class Rule:
             value = getattr(self.evidence, one.name)
             if one.name != "kinds" and value != getattr(default, one.name):
                 found[one.name] = _plain(value)
-        for one in fields(Rule)[2:]:
+        for one in fields(Rule)[2:-1]:
             if value := getattr(self, one.name):
                 found[one.name] = _plain(value)
         return found
