@@ -12,9 +12,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import TypeVar
 
-import anyio
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -32,12 +30,9 @@ from imagetool.broker.metrics import Metrics
 BODY_TIMEOUT = 10.0
 #: Seconds between deletions of expired sessions.
 _PURGE_INTERVAL = 5.0
-#: Requests that are worked on at the same time; the others wait.
-_THREADS = 6
 
 _RESOURCES = f"{protocol.PREFIX}/resource/"
 
-T = TypeVar("T")
 _Step = Callable[[Request], Awaitable[Response]]
 
 _logger = logging.getLogger(__name__)
@@ -45,7 +40,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one address may do: requests, sessions that it begins, bytes of messages that are in memory."""
+    """What one address may do: requests, sessions that send evidence, bytes of messages that are in memory."""
 
     requests: RateLimiter
     sessions: RateLimiter
@@ -70,30 +65,29 @@ class _Api:
     def __init__(self, broker: Broker, limits: Limits, metrics: Metrics, *, secure: bool) -> None:
         self._broker, self._limits, self._metrics = broker, limits, metrics
         self._attributes = "; Path=/; HttpOnly" + ("; Secure" if secure else "")
-        self._threads: anyio.CapacityLimiter | None = None
 
     @asynccontextmanager
     async def lifespan(self, _app: Starlette) -> AsyncIterator[None]:
-        self._threads = anyio.CapacityLimiter(_THREADS)
-        purging = asyncio.create_task(self._purge())
+        await self._purge()  # before the first request: it looks at the database's clock
+        purging = asyncio.create_task(self._keep_purging())
         try:
             yield
         finally:
             purging.cancel()
             with suppress(asyncio.CancelledError):
                 await purging
-            await anyio.to_thread.run_sync(self._broker.close)
+            await asyncio.to_thread(self._broker.close)
+
+    async def _keep_purging(self) -> None:
+        while True:
+            await asyncio.sleep(_PURGE_INTERVAL)
+            await self._purge()
 
     async def _purge(self) -> None:
-        while True:
-            try:
-                await self._in_thread(self._broker.purge)
-            except EncfsError as error:
-                _logger.warning("expired sessions are not deleted: %s", error)
-            await asyncio.sleep(_PURGE_INTERVAL)
-
-    async def _in_thread(self, call: Callable[[], T]) -> T:
-        return await anyio.to_thread.run_sync(call, limiter=self._threads)
+        try:
+            await self._broker.purge()
+        except EncfsError as error:
+            _logger.warning("expired sessions are not deleted: %s", error)
 
     def step(self, name: str, answer: _Step) -> _Step:
         """A step with what all have: the rate, errors as answers, figures."""
@@ -130,20 +124,18 @@ class _Api:
 
     async def auth(self, request: Request) -> Response:
         async with self._body(request) as body:
-            if not self._limits.sessions.allow(_address(request)):
-                raise Refusal(429, protocol.ERROR_BUSY, "too many sessions of this address: try again later")
-            identity, challenge = await self._in_thread(lambda: self._broker.auth(body))
-        cookie = f"{protocol.SESSION_COOKIE}={identity}{self._attributes}"
+            value, challenge = self._broker.auth(body)
+        cookie = f"{protocol.SESSION_COOKIE}={value}{self._attributes}"
         return JSONResponse(challenge, headers={"Set-Cookie": cookie, **_UNCACHED})
 
     async def attest(self, request: Request) -> Response:
-        identity, client = _cookie(request), _address(request)
         async with self._body(request) as body:
-            answer = await self._in_thread(lambda: self._broker.attest(identity, body, client))
+            if not self._limits.sessions.allow(_address(request)):
+                raise Refusal(429, protocol.ERROR_BUSY, "too many sessions of this address: try again later")
+            answer = await self._broker.attest(_cookie(request), body, _address(request))
         return JSONResponse(answer, headers=_UNCACHED)
 
     async def resource(self, request: Request) -> Response:
-        identity, client = _cookie(request), _address(request)
         # As it came: the router's own pattern overlooks a line end behind it.
         path: str = request.scope["path"].removeprefix(_RESOURCES)
         digests = request.query_params.getlist(protocol.DIGEST_PARAMETER)
@@ -152,7 +144,7 @@ class _Api:
         digest = digests[0] if digests else None
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         bearer = token.strip() if scheme.lower() == "bearer" else None
-        sealed = await self._in_thread(lambda: self._broker.resource(identity, bearer, path, digest, client))
+        sealed = await self._broker.resource(_cookie(request), bearer, path, digest, _address(request))
         return JSONResponse(sealed, headers=_UNCACHED)
 
     async def health(self, _request: Request) -> Response:
@@ -160,14 +152,14 @@ class _Api:
 
     async def readiness(self, _request: Request) -> Response:
         try:
-            await self._in_thread(self._broker.ready)
+            await self._broker.ready()
         except EncfsError as error:
             _logger.warning("not ready: %s", error)
             return PlainTextResponse("not ready\n", 503)
         return PlainTextResponse("ready\n")
 
     async def exposition(self, _request: Request) -> Response:
-        content, kind = await self._in_thread(self._metrics.exposition)
+        content, kind = await asyncio.to_thread(self._metrics.exposition)
         return Response(content, media_type=kind)
 
     @asynccontextmanager
@@ -185,7 +177,7 @@ class _Api:
 
     async def _receive(self, request: Request, body: bytearray, address: str) -> None:
         try:
-            with anyio.fail_after(BODY_TIMEOUT):
+            async with asyncio.timeout(BODY_TIMEOUT):
                 async for chunk in request.stream():
                     if not self._limits.bodies.take(address, len(chunk)):
                         raise Refusal(429, protocol.ERROR_BUSY, "too much is being sent: try again later")

@@ -8,7 +8,7 @@
 | `counter_index`, `counter_base`, `counter_tpm` | the NV counter that marks the highest epoch seen (`rollback.py`) |
 | `endorsements` | a directory with VCEK and VLEK certificates, and `collateral.json` of Intel's |
 | `session_lifetime` | seconds, 300 by default |
-| `max_sessions` | most sessions at one time, 20000 by default |
+| `max_sessions` | most sessions at one time, 100000 by default |
 | `rate`, `burst` | requests that one address may make: each second in the long run, and at once; of each process |
 """
 
@@ -54,7 +54,7 @@ class BrokerConfig:
     counter_tpm: str | None = None
     endorsements: str | None = None
     session_lifetime: int = 300
-    max_sessions: int = 20_000
+    max_sessions: int = 100_000
     rate: int = 50
     burst: int = 200
 

@@ -8,6 +8,7 @@ other modules' business; they use SQLAlchemy's core, no mapper.
 from __future__ import annotations
 
 import os
+import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +17,15 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 
 from encfs.errors import StorageError, UnsupportedError, UsageError
 from imagetool.broker import migrations
 
 #: Seconds that a transaction waits for another one.
 LOCK_TIMEOUT = 5.0
+#: Seconds between attempts to begin a transaction of SQLite's.
+_LOCK_PAUSE = 0.0005
 _CONNECT_TIMEOUT = 5
 #: Any number, the same in all brokers: what PostgreSQL's advisory lock is about ("encfs").
 _LOCK_KEY = 0x656E636673
@@ -175,8 +178,29 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    if not connection.get_execution_options().get(_READING):
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    """Begin to write as soon as nobody else does.
+
+    SQLite itself would wait longer and longer between its attempts, up to a tenth of a second, where another worker
+    needs a millisecond.
+    """
+    if connection.get_execution_options().get(_READING):
+        return
+    raw: Any = connection.connection.driver_connection
+    deadline = time.monotonic() + LOCK_TIMEOUT
+    raw.execute("PRAGMA busy_timeout = 0")
+    try:
+        while True:
+            try:
+                raw.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    # With its statement, as the library's own errors are.
+                    raise OperationalError("BEGIN IMMEDIATE", None, error) from None
+                time.sleep(_LOCK_PAUSE)
+            else:
+                return
+    finally:
+        raw.execute(f"PRAGMA busy_timeout = {int(LOCK_TIMEOUT * 1000)}")
 
 
 def _revision(connection: Connection) -> str | None:

@@ -1,23 +1,27 @@
-"""The three steps of a handshake, without HTTP: messages in, answers or refusals out. Runs in threads.
+"""The three steps of a handshake, without HTTP: messages in, answers or refusals out. On the event loop.
 
-Every state between the steps is in the database. A key leaves only after the decision is in the log, on the disk.
+Every state between the steps is in the client's cookie or in the database. A key leaves only after the decision is in
+the log, on the disk. Judging evidence takes less time than a change of threads; the database has threads of its own.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
-import json
 import logging
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import TypeVar
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, bindparam, select, update
 
 from encfs.attestation.kbs import from_kbs_evidence, kind_of_tee
-from encfs.encoding import b64url_decode, b64url_encode, parse_digest
+from encfs.encoding import parse_digest
 from encfs.errors import EncfsError, FormatError, IntegrityError, RollbackError
 from encfs.kbs import jwe, protocol
 from encfs.kbs.resource import resource_document
@@ -32,17 +36,20 @@ from imagetool.broker.policy import Policy
 from imagetool.broker.rollback import CounterMark, check_mark
 from imagetool.broker.sessions import Attested, Session
 from imagetool.broker.state import State
-from imagetool.broker.tables import RESOURCES, VERSIONS
+from imagetool.broker.tables import RESOURCES, SESSIONS, STATE, VERSIONS
+from imagetool.broker.tickets import read_cookie, read_token, write_cookie, write_token
 from imagetool.broker.vault import SealedRow, Vault
 from imagetool.broker.writer import Writer
 
 _MAX_DETAIL = 400
 #: How often a decision is made anew because the owner changed something in between.
 _ATTEMPTS = 5
-_TOKEN_HEADER = b64url_encode(b'{"alg":"HS256","typ":"JWT"}')
-_MAX_TOKEN = 2048
+#: Reads of the database at the same time.
+_READERS = 4
 
 _logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Refusal(Exception):  # noqa: N818 -- what it is; it never leaves the broker
@@ -77,31 +84,44 @@ class _Request:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What the database has for a request: the epoch, the key's sealed row, the version of the content asked for."""
+    """What the database has for a request: the epoch, the session, the key's sealed row, the version of the content."""
 
     epoch: int
+    session: tuple[Session, Attested] | None
     row: SealedRow | None
     version: int | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Changed:
+    """The owner changed something while a decision was made, which is not valid then."""
+
+    epoch: int
+
+
 class Broker:
-    """The steps, for one process. Safe for several threads."""
+    """The steps, for one process and its event loop."""
 
     def __init__(self, database: Database, vault: Vault, store: EndorsementStore, settings: Settings) -> None:
         self._database, self._vault, self._store, self._settings = database, vault, store, settings
         self._writer = Writer(database)
+        self._readers = ThreadPoolExecutor(_READERS, "broker-reader")
         self._lock = threading.Lock()
         self._known: State | None = None
         self._crowded = False
+        #: The database's clock minus this machine's, milliseconds, as of the last purge.
+        self._ahead = 0
 
     def close(self) -> None:
+        """Finish what is being written. Not for the event loop's thread."""
         self._writer.close()
+        self._readers.shutdown()
         self._database.close()
 
     # The protocol
 
     def auth(self, body: bytes) -> tuple[str, dict[str, object]]:
-        """The session's id for the cookie, and the challenge."""
+        """The session's cookie, and the challenge."""
         message = _message(body, "the request")
         version, tee = message.get("version"), message.get("tee")
         if version not in protocol.VERSIONS:
@@ -114,88 +134,111 @@ class Broker:
             kind_of_tee(tee)
         except FormatError as error:
             raise Refusal(400, protocol.ERROR_REQUEST, error.message) from None
-        if self._crowded:
-            raise Refusal(429, protocol.ERROR_BUSY, "too many sessions at this time: try again later")
-        lifetime = self._settings.session_lifetime * 1000
-        session = self._writer.run(
-            lambda connection: sessions.create(connection, str(version), tee, self._database.now(connection), lifetime)
-        )
-        return session.id, {"nonce": session.nonce, "extra-params": ""}
+        self._refuse_crowds()
+        session = sessions.begin(str(version), tee, self._now(), self._settings.session_lifetime * 1000)
+        return write_cookie(self._vault, session), {"nonce": session.nonce, "extra-params": ""}
 
-    def attest(self, identity: str | None, body: bytes, client: str) -> dict[str, object]:
+    async def attest(self, cookie: str | None, body: bytes, client: str) -> dict[str, object]:
         """The answer with a token, once the evidence is genuine and bound to this session."""
-        with self._database.reading() as connection:
-            session = self._session(connection, identity)
-            epoch = state.epoch(connection)
-        if session.attested is not None:
-            raise _spent()
+        session = self._begun(cookie)
+        self._refuse_crowds()
         offered = _attestation(session, _message(body, "the attestation"))
-        reasons, claims = self._judged(offered, self._state(epoch).policy)
-        if reasons:
-            self._writer.run(
-                lambda connection: self._refuse_evidence(connection, session, offered, reasons, claims, client),
-                durable=True,
-            )
-            said = "; ".join(one.message for one in reasons)
-            raise Refusal(401, protocol.ERROR_EVIDENCE, f"the evidence is not accepted: {said}", code=reasons[0].code)
-        if not self._writer.run(lambda connection: sessions.attest(connection, session.id, offered)):
-            raise _spent()
-        return {"token": self._token(session)}
+        epoch: int | None = None
+        for _ in range(_ATTEMPTS):
+            changed = await self._offer(session, offered, client, await self._state(epoch))
+            if changed is None:
+                return {"token": write_token(self._vault, session)}
+            epoch = changed.epoch
+        raise _being_changed()
 
-    def resource(
-        self, identity: str | None, token: str | None, path: str, content_digest: str | None, client: str
+    async def resource(
+        self, cookie: str | None, token: str | None, path: str, content_digest: str | None, client: str
     ) -> dict[str, str]:
-        """The JWE of a resource. `identity` is the cookie, `token` what `attest` gave; one of them is needed."""
+        """The JWE of a resource. `cookie` of the session, `token` what `attest` gave; one of them is needed."""
         try:
             wanted_path = str(protocol.parse_path(path))
             if content_digest is not None:
                 parse_digest(content_digest, protocol.DIGEST_PARAMETER)
         except FormatError as error:
             raise Refusal(400, protocol.ERROR_REQUEST, error.message) from None
-        identity = self._of_token(token) if identity is None and token is not None else identity
+        identity = self._of_token(token) if cookie is None and token is not None else self._begun(cookie).id
         for _ in range(_ATTEMPTS):
-            with self._database.reading() as connection:
-                session = self._session(connection, identity)
-                found = self._look_up(connection, wanted_path, content_digest)
-            if session.attested is None:
-                raise Refusal(401, protocol.ERROR_REQUEST, "the session is not attested: send evidence first")
-            content = self._release(_Request(session, session.attested, wanted_path, content_digest, client), found)
-            if content is not None:
-                break
-        else:
-            raise Refusal(503, protocol.ERROR_UNAVAILABLE, "the policy is being changed: try again")
-        try:
-            return jwe.encrypt(content, jwe.parse_public(session.attested.public_key))
-        finally:
-            wipe(content)
+            found = await self._read(lambda connection: _look_up(connection, identity, wanted_path, content_digest))
+            if found.session is None:
+                raise _unknown("the session has no accepted evidence: send it first, or begin anew")
+            session, attested = found.session
+            self._refuse_if_over(session)
+            content = await self._release(_Request(session, attested, wanted_path, content_digest, client), found)
+            if isinstance(content, _Changed):
+                continue
+            try:
+                return jwe.encrypt(content, jwe.parse_public(attested.public_key))
+            finally:
+                wipe(content)
+        raise _being_changed()
 
     # Around it
 
-    def ready(self) -> None:
+    async def ready(self) -> None:
         """Raises: StorageError, IntegrityError where this broker can serve nobody."""
-        with self._database.reading() as connection:
-            epoch = state.epoch(connection)
-        self._state(epoch)
+        await self._state(await self._read(state.epoch))
 
-    def purge(self) -> int:
-        """Delete expired sessions; how many are left."""
-        left = self._writer.run(lambda connection: sessions.purge(connection, self._database.now(connection)))
+    async def purge(self) -> int:
+        """Delete expired sessions, and look at the database's clock; how many sessions are left."""
+
+        def work(connection: Connection) -> tuple[int, int]:
+            now = self._database.now(connection)
+            return now - _machine_time(), sessions.purge(connection, now)
+
+        self._ahead, left = await self._writer.run(work)
         self._crowded = left >= self._settings.max_sessions
         return left
 
-    def _session(self, connection: Connection, identity: str | None) -> Session:
-        if identity is None:
-            raise Refusal(401, protocol.ERROR_REQUEST, "there is no session cookie: authenticate first")
-        found = sessions.find(connection, identity, self._database.now(connection))
-        if found is None:
-            raise Refusal(401, protocol.ERROR_SESSION, "the session is not known, or has expired")
-        return found
+    def _now(self) -> int:
+        """The database's clock, near enough: milliseconds since 1970."""
+        return _machine_time() + self._ahead
 
-    def _state(self, epoch: int) -> State:
-        """The state of the epoch that the database says it is in. Raises: IntegrityError, RollbackError."""
+    def _refuse_crowds(self) -> None:
+        if self._crowded:
+            raise Refusal(429, protocol.ERROR_BUSY, "too many sessions at this time: try again later")
+
+    def _begun(self, cookie: str | None) -> Session:
+        if cookie is None:
+            raise Refusal(401, protocol.ERROR_REQUEST, "there is no session cookie: authenticate first")
+        session = read_cookie(self._vault, cookie)
+        if session is None:
+            raise _unknown()
+        self._refuse_if_over(session)
+        return session
+
+    def _refuse_if_over(self, session: Session) -> None:
+        if not session.holds_at(self._now()):
+            raise _unknown()
+
+    def _of_token(self, token: str) -> str:
+        identity = read_token(self._vault, token)
+        if identity is None:
+            raise Refusal(401, protocol.ERROR_SESSION, "the token is not one of this broker's")
+        return identity
+
+    async def _read(self, query: Callable[[Connection], T]) -> T:
+        def work() -> T:
+            with self._database.reading() as connection:
+                return query(connection)
+
+        return await asyncio.get_running_loop().run_in_executor(self._readers, work)
+
+    async def _state(self, epoch: int | None = None) -> State:
+        """The state of the epoch that the database says it is in; of the last one known where it was not asked.
+
+        Raises: IntegrityError, RollbackError.
+        """
         known = self._known
-        if known is not None and known.epoch == epoch:
+        if known is not None and epoch in (None, known.epoch):
             return known
+        return await asyncio.get_running_loop().run_in_executor(self._readers, self._load_state)
+
+    def _load_state(self) -> State:
         with self._lock:
             with self._database.transaction(durable=False) as connection:
                 found = state.load_state(connection, self._vault)
@@ -224,9 +267,33 @@ class Broker:
             return [Because("evidence", error.message)], {}
         return [Because(one.code.value, one.message) for one in verdict.reasons], logged_claims(verdict.claims)
 
-    def _release(self, request: _Request, found: _Found) -> bytearray | None:
-        """The content to be handed out, its release being in the log; None where the owner changed something."""
-        current = self._state(found.epoch)
+    async def _offer(self, session: Session, offered: Attested, client: str, current: State) -> _Changed | None:
+        """Attest a session, or refuse its evidence; its nonce is spent in both cases. Raises: Refusal."""
+        reasons, claims = self._judged(offered, current.policy)
+
+        def work(connection: Connection) -> _Changed | bool:
+            if (epoch := state.epoch(connection)) != current.epoch:
+                return _Changed(epoch)
+            if not reasons:
+                return sessions.attest(connection, session, offered)
+            is_first = sessions.refuse(connection, session)
+            if is_first:
+                self._log_refused_evidence(connection, _about(session, offered, client), reasons, claims)
+            return is_first
+
+        outcome = await self._writer.run(work, durable=bool(reasons))
+        if isinstance(outcome, _Changed):
+            return outcome
+        if not outcome:
+            raise Refusal(401, protocol.ERROR_SESSION, "the session's nonce was used: begin anew")
+        if reasons:
+            said = "; ".join(one.message for one in reasons)
+            raise Refusal(401, protocol.ERROR_EVIDENCE, f"the evidence is not accepted: {said}", code=reasons[0].code)
+        return None
+
+    async def _release(self, request: _Request, found: _Found) -> bytearray | _Changed:
+        """The content to be handed out, its release being in the log. Raises: Refusal."""
+        current = await self._state(found.epoch)
         entry, rule = current.entries.get(request.path), current.policy.rule_for(request.path)
         decision = decide(
             Wanted(request.path, request.content_digest, found.version),
@@ -246,11 +313,11 @@ class Broker:
                     decision = replace(decision, reasons=(opened,))
                 else:
                     content = opened
-            outcome = self._writer.run(
+            outcome = await self._writer.run(
                 lambda connection: self._decided(connection, current, request, found.version, decision), durable=True
             )
-            if outcome is None:
-                return None
+            if isinstance(outcome, _Changed):
+                return outcome
             if not outcome.released:
                 raise _refusal(outcome)
             if outcome.binding == KeyBinding():
@@ -258,18 +325,6 @@ class Broker:
             return resource_document(content, outcome.binding)
         finally:
             wipe(content)
-
-    def _look_up(self, connection: Connection, path: str, content_digest: str | None) -> _Found:
-        columns = (RESOURCES.c.nonce, RESOURCES.c.sealed)
-        row = connection.execute(select(*columns).where(RESOURCES.c.path == path)).one_or_none()
-        version = None
-        if content_digest is not None:
-            version = connection.execute(
-                select(VERSIONS.c.version).where(VERSIONS.c.content_digest == content_digest)
-            ).scalar()
-        # The epoch last: where it changed since, the decision is not valid, and is made anew.
-        sealed = SealedRow(row.nonce, row.sealed) if row is not None else None
-        return _Found(state.epoch(connection), sealed, version)
 
     def _opened(self, current: State, path: str, row: SealedRow | None) -> bytearray | Because:
         if path not in current.entries:
@@ -284,10 +339,10 @@ class Broker:
 
     def _decided(
         self, connection: Connection, current: State, request: _Request, version: int | None, decision: Decision
-    ) -> Decision | None:
-        """Count and log, in a transaction. None: the owner changed something, and the decision is not valid."""
-        if state.epoch(connection) != current.epoch:
-            return None
+    ) -> Decision | _Changed:
+        """Count and log, in a transaction."""
+        if (epoch := state.epoch(connection)) != current.epoch:
+            return _Changed(epoch)
         rule = decision.rule
         if decision.released and not self._counted(connection, request.path, decision):
             limit = rule.releases if rule is not None else None
@@ -313,48 +368,58 @@ class Broker:
         return decision
 
     def _counted(self, connection: Connection, path: str, decision: Decision) -> bool:
-        change = update(RESOURCES).where(RESOURCES.c.path == path).values(releases=RESOURCES.c.releases + 1)
+        values: dict[str, object] = {"counted": path}
+        statement = _COUNT
         if decision.rule is not None and decision.rule.releases is not None:
-            change = change.where(RESOURCES.c.releases < decision.rule.releases)
-        return connection.execute(change).rowcount == 1
+            statement, values["most"] = _COUNT_BELOW, decision.rule.releases
+        return connection.execute(statement, values).rowcount == 1
 
-    def _refuse_evidence(
+    def _log_refused_evidence(
         self,
         connection: Connection,
-        session: Session,
-        offered: Attested,
+        about: Mapping[str, object],
         reasons: list[Because],
         claims: Mapping[str, object],
-        client: str,
     ) -> None:
-        sessions.end(connection, session.id)
-        members = {"reasons": [one.to_json() for one in reasons], "claims": claims}
         log.append(
             connection,
             self._vault,
             time=self._database.now(connection),
             event="refused-evidence",
             path="",
-            members=_about(session, offered, client) | members,
+            members={**about, "reasons": [one.to_json() for one in reasons], "claims": claims},
         )
 
-    # Tokens: the session under a MAC, as a JWT, since clients of the protocol read its expiry.
 
-    def _token(self, session: Session) -> str:
-        claims = {"iss": "encfs-broker", "exp": session.expires // 1000, "sid": session.id, "tee": session.tee}
-        signed = f"{_TOKEN_HEADER}.{b64url_encode(json.dumps(claims).encode())}"
-        return f"{signed}.{b64url_encode(self._vault.mac('token', signed.encode()))}"
+# Made once: making a statement takes longer than executing it.
+_LOOK_UP = select(
+    STATE.c.epoch,
+    *SESSIONS.c,
+    RESOURCES.c.nonce.label("key_nonce"),
+    RESOURCES.c.sealed,
+    VERSIONS.c.version.label("content_version"),
+).select_from(
+    STATE.outerjoin(SESSIONS, SESSIONS.c.id == bindparam("session"))
+    .outerjoin(RESOURCES, RESOURCES.c.path == bindparam("wanted"))
+    .outerjoin(VERSIONS, VERSIONS.c.content_digest == bindparam("digest"))
+)
+_COUNT = update(RESOURCES).where(RESOURCES.c.path == bindparam("counted")).values(releases=RESOURCES.c.releases + 1)
+_COUNT_BELOW = _COUNT.where(RESOURCES.c.releases < bindparam("most"))
 
-    def _of_token(self, token: str) -> str:
-        """The session's id. Its expiry is the session's, which is looked at in the database."""
-        wrong = Refusal(401, protocol.ERROR_SESSION, "the token is not one of this broker's")
-        signed, _, mac = token.rpartition(".")
-        if len(token) > _MAX_TOKEN or not token.isascii():
-            raise wrong
-        if not hmac.compare_digest(b64url_encode(self._vault.mac("token", signed.encode())), mac):
-            raise wrong
-        payload = b64url_decode(signed.rpartition(".")[2], "the token")
-        return str(loads_object(payload, limit=_MAX_TOKEN, what="the token")["sid"])
+
+def _look_up(connection: Connection, session: str, path: str, content_digest: str | None) -> _Found:
+    """Everything about a request, of one moment."""
+    row = connection.execute(_LOOK_UP, {"session": session, "wanted": path, "digest": content_digest}).one()
+    return _Found(
+        row.epoch,
+        sessions.from_row(row) if row.id is not None else None,
+        SealedRow(row.key_nonce, row.sealed) if row.sealed is not None else None,
+        row.content_version,
+    )
+
+
+def _machine_time() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def _message(body: bytes, what: str) -> dict[str, object]:
@@ -388,8 +453,12 @@ def _about(session: Session, offered: Attested, client: str) -> dict[str, object
     }
 
 
-def _spent() -> Refusal:
-    return Refusal(401, protocol.ERROR_SESSION, "the session's nonce was used: begin anew")
+def _unknown(detail: str = "the session is not known, or has expired") -> Refusal:
+    return Refusal(401, protocol.ERROR_SESSION, detail)
+
+
+def _being_changed() -> Refusal:
+    return Refusal(503, protocol.ERROR_UNAVAILABLE, "the policy is being changed: try again")
 
 
 def _refusal(decision: Decision) -> Refusal:

@@ -49,25 +49,28 @@ def parse_head(text: str) -> LogHead:
         raise UsageError("the hash of an earlier head is not hexadecimal") from None
 
 
+_LAST = select(DECISIONS.c.sequence, DECISIONS.c.hash).order_by(DECISIONS.c.sequence.desc()).limit(1)
+_INSERT = insert(DECISIONS)
+
+
 def append(
     connection: Connection, vault: Vault, *, time: int, event: str, path: str, members: Mapping[str, object]
 ) -> int:
     """Write an entry at the end, inside of a writing transaction; its sequence number. `time` in milliseconds."""
-    last = connection.execute(
-        select(DECISIONS.c.sequence, DECISIONS.c.hash).order_by(DECISIONS.c.sequence.desc()).limit(1)
-    ).one_or_none()
+    last = connection.execute(_LAST).one_or_none()
     sequence, before = (last.sequence + 1, last.hash) if last is not None else (1, _GENESIS)
     entry = rfc8785.dumps({"sequence": sequence, "time": time, "event": event, "path": path, **members})  # type: ignore[dict-item]
     digest = hashlib.sha256(before + entry).digest()
     connection.execute(
-        insert(DECISIONS).values(
-            sequence=sequence,
-            path=path,
-            released=int(event == "released"),
-            entry=entry.decode(),
-            hash=digest,
-            mac=vault.mac("log", digest),
-        )
+        _INSERT,
+        {
+            "sequence": sequence,
+            "path": path,
+            "released": int(event == "released"),
+            "entry": entry.decode(),
+            "hash": digest,
+            "mac": vault.mac("log", digest),
+        },
     )
     return sequence
 

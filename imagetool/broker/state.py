@@ -76,9 +76,12 @@ def store_initial(connection: Connection, vault: Vault) -> State:
     return state
 
 
+_EPOCH = select(STATE.c.epoch)
+
+
 def epoch(connection: Connection) -> int:
     """The epoch as the database says it: to see whether something changed."""
-    return int(connection.execute(select(STATE.c.epoch)).scalar_one())
+    return int(connection.execute(_EPOCH).scalar_one())
 
 
 def load_state(connection: Connection, vault: Vault) -> State:

@@ -1,4 +1,4 @@
-"""What the key-encryption key (KEK) of a broker protects: keys at rest, the state's MAC, the log's MACs, tokens.
+"""What the key-encryption key (KEK) of a broker protects: keys at rest, the MACs of state, log, cookies and tokens.
 
 Each use has a key of its own: HKDF-SHA256(KEK, salt = the database's id, info = label). A key at rest is sealed by
 AES-256-GCM; its associated data say which database, path, policy rule, floor and revision it belongs to, so that a row
@@ -51,7 +51,7 @@ class Vault:
     def __init__(self, kek: SymmetricKey, database_id: str) -> None:
         self.database_id = database_id
         self._rows = AESGCM(_derived(kek, database_id, "keys"))
-        self._macs = {use: _derived(kek, database_id, use) for use in ("state", "log", "token")}
+        self._macs = {use: _derived(kek, database_id, use) for use in ("state", "log", "session", "token")}
 
     def seal(self, identity: RowIdentity, content: bytes | bytearray) -> SealedRow:
         nonce = os.urandom(_NONCE_SIZE)
@@ -72,7 +72,7 @@ class Vault:
         return content
 
     def mac(self, use: str, content: bytes) -> bytes:
-        """HMAC-SHA256 for one of the uses `state`, `log`, `token`."""
+        """HMAC-SHA256 for one of the uses `state`, `log`, `session`, `token`."""
         return hmac.digest(self._macs[use], content, _MAC)
 
     def check(self, use: str, content: bytes, mac: bytes) -> bool:

@@ -5,12 +5,11 @@ With a database that writes to a disk before it answers, this is what makes the 
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection
@@ -30,7 +29,12 @@ _QUEUE = 1024
 class _Job:
     operation: Callable[[Connection], Any]
     durable: bool
-    outcome: Future[Any] = field(default_factory=Future)
+    loop: asyncio.AbstractEventLoop
+    outcome: asyncio.Future[Any]
+
+
+#: A job, its value, and why it has none.
+_Outcome = tuple[_Job, Any, BaseException | None]
 
 
 class Writer:
@@ -42,22 +46,24 @@ class Writer:
         self._thread = threading.Thread(target=self._work, name="broker-writer", daemon=True)
         self._thread.start()
 
-    def run(self, operation: Callable[[Connection], T], *, durable: bool = False) -> T:
+    async def run(self, operation: Callable[[Connection], T], *, durable: bool = False) -> T:
         """The operation's value, once it is committed.
 
         Raises: what the operation raises, nothing of it being written then; StorageError where the database cannot be
         used, or did not answer in time: it is then unknown whether it was written.
         """
-        job = _Job(operation, durable)
+        loop = asyncio.get_running_loop()
+        job = _Job(operation, durable, loop, loop.create_future())
         try:
-            self._jobs.put(job, timeout=_TIMEOUT)
-            outcome: T = job.outcome.result(_TIMEOUT)
-        except (queue.Full, FutureTimeoutError):
+            self._jobs.put_nowait(job)
+            async with asyncio.timeout(_TIMEOUT):
+                outcome: T = await job.outcome
+        except (queue.Full, TimeoutError):
             raise StorageError("the broker's database does not answer in time", hint="try again") from None
         return outcome
 
     def close(self) -> None:
-        """Finish what is waiting, and end the thread."""
+        """Finish what is waiting, and end the thread. Not for the event loop's thread."""
         self._jobs.put(None)
         self._thread.join(2 * _TIMEOUT)
 
@@ -74,21 +80,35 @@ class Writer:
                     ended = True
                 else:
                     batch.append(another)
-            self._commit(batch)
+            _hand_back(self._committed(batch))
             if ended:
                 return
 
-    def _commit(self, batch: list[_Job]) -> None:
+    def _committed(self, batch: list[_Job]) -> list[_Outcome]:
         try:
             with self._database.transaction(durable=any(job.durable for job in batch)) as connection:
                 values = [job.operation(connection) for job in batch]
         except BaseException as error:  # noqa: BLE001 -- handed to whoever waits
             if len(batch) == 1 or isinstance(error, StorageError):
-                for job in batch:
-                    job.outcome.set_exception(error)
-            else:  # one of them failed and took the others along: each by itself then
-                for job in batch:
-                    self._commit([job])
+                return [(job, None, error) for job in batch]
+            # One of them failed and took the others along: each by itself then.
+            return [outcome for job in batch for outcome in self._committed([job])]
+        return [(job, value, None) for job, value in zip(batch, values, strict=True)]
+
+
+def _hand_back(outcomes: list[_Outcome]) -> None:
+    """Wake each loop once for all that it waits for."""
+    for loop in {job.loop for job, _, _ in outcomes}:
+        mine = [one for one in outcomes if one[0].loop is loop]
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(_settle, mine)
+
+
+def _settle(outcomes: list[_Outcome]) -> None:
+    for job, value, error in outcomes:
+        if job.outcome.done():  # nobody waits any more
+            continue
+        if error is not None:
+            job.outcome.set_exception(error)
         else:
-            for job, value in zip(batch, values, strict=True):
-                job.outcome.set_result(value)
+            job.outcome.set_result(value)

@@ -23,6 +23,7 @@ from tests.support.broker import (
     SAMPLE_POLICY,
     Handshake,
     Served,
+    configure,
     imagetool,
     make_broker,
     sample,
@@ -35,8 +36,7 @@ from tests.support.broker import (
 @pytest.fixture(scope="module")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     directory = make_broker(tmp_path_factory.mktemp("broker") / "b", "--host", "127.0.0.1")
-    config = directory / "broker.toml"
-    config.write_text(config.read_text().replace("rate = 50", "rate = 5000").replace("burst = 200", "burst = 10000"))
+    configure(directory, rate=5000, burst=10000)
     with serving(directory) as served:
         yield served
 
@@ -93,7 +93,10 @@ def test_the_cookie_is_for_this_server_alone(client: Handshake) -> None:
 
 def test_a_resource_before_evidence(client: Handshake) -> None:
     answer = client.begin().resource()
-    assert (answer.status, answer.kind) == (401, "InvalidRequest")
+    assert (answer.status, answer.kind) == (401, "SessionNotFound")
+    assert "send it first" in answer.document["detail"]
+    # Nothing was spent.
+    assert client.attest().status == 200
 
 
 def test_without_a_session(client: Handshake) -> None:

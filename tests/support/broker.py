@@ -70,6 +70,13 @@ def make_broker(directory: Path, *options: str, policy: str = SAMPLE_POLICY, pat
     return directory
 
 
+def configure(directory: Path, **members: int | str) -> None:
+    """Change members of `broker.toml`; a broker takes them over when it starts."""
+    config = directory / "broker.toml"
+    kept = [line for line in config.read_text().splitlines() if line.partition(" = ")[0] not in members]
+    config.write_text("\n".join([*kept, *(f"{name} = {json.dumps(value)}" for name, value in members.items()), ""]))
+
+
 def set_policy(directory: Path, text: str, *, code: int = 0) -> dict[str, Any]:
     file = directory.parent / f"policy-{secrets.token_hex(4)}.toml"
     file.write_text(text)
