@@ -81,7 +81,16 @@ def _server(directory: Path, chip: SnpChip) -> Iterator[_Server]:
     imagetool = tool("imagetool")
     run([imagetool, "broker", "init", place])
     config = place / "broker.toml"
-    config.write_text(config.read_text().replace("rate = 50", "rate = 90000").replace("burst = 200", "burst = 900000"))
+    # All clients have one address.
+    more = {
+        "rate = 50": "rate = 90000",
+        "burst = 200": "burst = 900000",
+        "max_sessions = 100000": "max_sessions = 9000000",
+    }
+    content = config.read_text()
+    for before, after in more.items():
+        content = content.replace(before, after)
+    config.write_text(content)
     run([imagetool, "keygen", "--type", "oct", "-o", directory / "kek.jwk"])
     run([imagetool, "broker", "policy", "set", place, policy])
     run([imagetool, "broker", "key", "add", place, _PATH, "--kek", directory / "kek.jwk"])
