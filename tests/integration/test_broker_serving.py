@@ -29,8 +29,8 @@ from encfs.keys.keyring import create_keyring, parse_keyring
 from encfs.keys.providers import provider_from_uri
 from encfs.keys.secrets import SymmetricKey
 from imagetool.broker.config import read_config
-from imagetool.broker.rollback import check_mark
 from imagetool.broker.opening import open_broker
+from imagetool.broker.rollback import check_mark
 from imagetool.broker.sessions import begin
 from imagetool.broker.tickets import write_cookie
 from tests.support.broker import (
