@@ -29,10 +29,15 @@ class Cursor:
         """Bytes behind their own length, which has `prefix` bytes. Raises: FormatError."""
         return self.take(self.number(prefix))
 
+    @property
+    def left(self) -> int:
+        """How many bytes are left."""
+        return len(self._data) - self._at
+
     def rest(self) -> bytes:
-        return self.take(len(self._data) - self._at)
+        return self.take(self.left)
 
     def end(self) -> None:
         """Raises: FormatError where anything is left."""
-        if self._at != len(self._data):
-            raise FormatError(f"{self._what} has {len(self._data) - self._at} bytes too many")
+        if self.left:
+            raise FormatError(f"{self._what} has {self.left} bytes too many")

@@ -38,11 +38,13 @@ class Endorsements:
     """What vouches for evidence and is itself checked against pinned roots: it need not come from a trusted source.
 
     `certificates` are X.509 in DER (a VCEK or VLEK; roots and intermediates are ignored), `collateral` is Intel's as
-    the JSON of `dcap-qvl` (TCB info, QE identity, CRLs and their issuers).
+    the JSON of `dcap-qvl` (TCB info, QE identity, CRLs and their issuers), `event_log` what a TPM's firmware wrote down
+    (`eventlog.py`), compared with the PCRs that the TPM signed.
     """
 
     certificates: tuple[bytes, ...] = ()
     collateral: bytes | None = None
+    event_log: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

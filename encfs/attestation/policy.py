@@ -76,6 +76,8 @@ class EvidencePolicy:
 
     #: TPM: values of PCRs of the SHA-256 bank, 32 bytes each.
     pcrs: Mapping[int, tuple[bytes, ...]] = field(default_factory=dict)
+    #: TPM: PCRs that an event log, where one is given, has to explain; None: all that were signed.
+    event_log_pcrs: frozenset[int] | None = None
     #: TPM: enrolled attestation keys, SubjectPublicKeyInfo in DER. Quotes need one; it must be a restricted key.
     attestation_keys: tuple[bytes, ...] = ()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from encfs.attestation import azure, dcap, ear, maa, sample, snp, tpmquote
+from encfs.attestation import azure, dcap, ear, eventlog, maa, sample, snp, tpmquote
 from encfs.attestation.evidence import Endorsements, Evidence, EvidenceKind
 from encfs.attestation.findings import Findings
 from encfs.attestation.parsing import parse_evidence, recognise
@@ -43,8 +43,11 @@ def verify_evidence(
     together = Endorsements(
         given.endorsements.certificates + endorsements.certificates,
         endorsements.collateral if endorsements.collateral is not None else given.endorsements.collateral,
+        endorsements.event_log if endorsements.event_log is not None else given.endorsements.event_log,
     )
     _check(findings, given, together, policy, now)
+    if together.event_log is not None:
+        eventlog.check_event_log(findings, together.event_log, policy.event_log_pcrs)
     findings.require_claims(policy)
     return findings.verdict(given.kind)
 

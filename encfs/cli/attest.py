@@ -79,6 +79,15 @@ def collect(
             "--ak", metavar="FILE", help="A quote of the TPM by this attestation key (enrol).", show_default=False
         ),
     ] = None,
+    log: Annotated[
+        str | None,
+        typer.Option(
+            "--event-log",
+            metavar="FILE",
+            help="Also write the firmware's event log of the TPM there: it explains the PCRs of a quote.",
+            show_default=False,
+        ),
+    ] = None,
     report_data: Annotated[
         str | None,
         typer.Option(
@@ -93,7 +102,7 @@ def collect(
     import json
     import os
 
-    from encfs.attestation.collect.sources import REPORT_DATA_SIZE, evidence_source
+    from encfs.attestation.collect.sources import REPORT_DATA_SIZE, event_log, evidence_source
     from encfs.attestation.kbs import to_kbs_evidence
     from encfs.encoding import hex_decode
     from encfs.errors import FormatError, UsageError
@@ -108,7 +117,10 @@ def collect(
     if len(data) > REPORT_DATA_SIZE:
         raise UsageError(f"--report-data is longer than {REPORT_DATA_SIZE} bytes")
     source = evidence_source(tee, ak=ak)
+    events = event_log() if log is not None else b""
     content = json.dumps(to_kbs_evidence(source.collect(data))).encode() + b"\n"
+    if log is not None:
+        create_file(log, bytearray(events), 0o644)
     if output is None:
         terminal.write(content)
         return

@@ -50,6 +50,9 @@ def _lines(file: str, verdict: Verdict) -> Iterator[str]:
     for reason in verdict.unchecked:
         yield f"unchecked  {reason.code.value}: {reason.message}"
     for name, value in verdict.to_json()["claims"].items():  # type: ignore[attr-defined]
+        if name == "events":
+            yield from (f"event      {one}" for one in value)
+            continue
         if isinstance(value, dict):
             value = ", ".join(f"{key}={one}" for key, one in value.items())
         yield f"claim      {name}: {value}"

@@ -35,6 +35,10 @@ class EvidenceOptions:
         str | None,
         _option("--collateral", metavar="FILE", text="Intel's collateral for a quote, as JSON of dcap-qvl."),
     ] = None
+    event_log: Annotated[
+        str | None,
+        _option("--event-log", metavar="FILE", text="TPM: the firmware's event log, to be compared with the PCRs."),
+    ] = None
     at: Annotated[
         str | None,
         _option("--at", metavar="TIME", text="Judge as of then (2025-06-20T00:00Z), not now: for recorded evidence."),
@@ -43,11 +47,13 @@ class EvidenceOptions:
     def endorsements(self) -> Endorsements:
         """Raises: FormatError, and what reading raises."""
         from encfs.attestation.certificates import der_certificates
+        from encfs.attestation.eventlog import MAX_EVENT_LOG
         from encfs.attestation.evidence import Endorsements
 
         certificates = [der for path in self.chain or () for der in der_certificates(read_file(path, _MAX_FILE), path)]
         collateral = read_file(self.collateral, _MAX_FILE) if self.collateral is not None else None
-        return Endorsements(tuple(certificates), collateral)
+        log = read_file(self.event_log, MAX_EVENT_LOG) if self.event_log is not None else None
+        return Endorsements(tuple(certificates), collateral, log)
 
     def now(self) -> datetime:
         """Raises: UsageError."""
@@ -97,6 +103,14 @@ class PolicyOptions:
     ] = None
     rtmrs: Annotated[
         list[str] | None, _option("--rtmr", metavar="INDEX=HEX", text="TDX: what an RTMR holds. Repeatable.")
+    ] = None
+    event_log_pcrs: Annotated[
+        list[int] | None,
+        _option(
+            "--event-log-pcr",
+            metavar="INDEX",
+            text="TPM: with --event-log, a PCR that it has to explain, instead of all. Repeatable.",
+        ),
     ] = None
     attestation_keys: Annotated[
         list[str] | None,
@@ -158,6 +172,7 @@ class PolicyOptions:
             allow_missing_collateral=self.allow_missing_collateral,
             rtmrs=_registers(self.rtmrs, "--rtmr", 4, 48),
             pcrs=_registers(self.pcrs, "--pcr", 24, 32),
+            event_log_pcrs=frozenset(self.event_log_pcrs) if self.event_log_pcrs else None,
             attestation_keys=tuple(
                 key for path in self.attestation_keys or () for key in trusted_keys(read_file(path, _MAX_FILE), path)
             ),

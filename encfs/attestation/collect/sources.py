@@ -16,7 +16,7 @@ from encfs.attestation.collect import gramine, sev_guest, tsm
 from encfs.attestation.collect.sev_guest import Ioctl
 from encfs.attestation.evidence import Evidence, EvidenceKind
 from encfs.attestation.kbs import TEE_NAMES
-from encfs.errors import AttestationError, KeyFileError, KeyProviderError
+from encfs.errors import AttestationError, FormatError, KeyFileError, KeyProviderError
 from encfs.webclient import Address
 
 AUTOMATIC = "auto"
@@ -35,6 +35,8 @@ class Machine:
     sev_guest: Path = sev_guest.DEVICE
     gramine: Path = gramine.ROOT
     chassis: Path = Path("/sys/class/dmi/id/chassis_asset_tag")
+    #: The TPM's directory of securityfs, with the firmware's event log.
+    tpm_logs: Path = Path("/sys/kernel/security/tpm0")
     #: Azure's metadata service; None: where it is on every machine.
     metadata_service: Address | None = None
     ioctl: Ioctl = fcntl.ioctl
@@ -94,6 +96,25 @@ def evidence_source(tee: str = AUTOMATIC, *, ak: str | None = None, machine: Mac
         f"this machine has no TEE that evidence can be collected from ({'; '.join(reasons)})",
         hint="say which with tee=NAME, or give a TPM's attestation key with ak=FILE",
     )
+
+
+def event_log(machine: Machine = THIS_MACHINE) -> bytes:
+    """The firmware's event log of this machine's TPM, which was read as one. Raises: AttestationError."""
+    from encfs.attestation.eventlog import MAX_EVENT_LOG, parse_event_log
+
+    path = machine.tpm_logs / "binary_bios_measurements"
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(MAX_EVENT_LOG + 1)
+        parse_event_log(content)
+    except OSError as error:
+        raise AttestationError(
+            f"the event log {path} cannot be read: {error.strerror}",
+            hint="it is root's, in securityfs, where the firmware handed one over",
+        ) from None
+    except FormatError as error:
+        raise AttestationError(f"{path}: {error.message}") from None
+    return content
 
 
 def unavailable(machine: Machine = THIS_MACHINE) -> str | None:
