@@ -203,26 +203,40 @@ class TreeReader:
         self._leaves: dict[int, bytes] = {}
         self._inner: dict[tuple[int, int], bytes] = {}
         self._lock = threading.Lock()
-        first = bytearray(min(_FIRST_READ, self.geometry.size))
-        if first:
-            blob.read_into(0, memoryview(first))
         top_level = self.geometry.levels[-1]
-        top = bytes(first[: top_level.size])  # a node is never larger than the first read
-        if root_hash(fields, node_hash(self._suite, top_level.number, 0, top)) != root:
-            blob.discard(0, top_level.size)
+        first = self._first_read()
+        if not self._is_top(first, fields, root) and blob.discard(0, len(first)):
+            first = self._first_read()  # another copy may be right
+        if not self._is_top(first, fields, root):
+            blob.discard(0, len(first))
             raise IntegrityError("the tree does not belong to the root in the descriptor")
-        self._store(top_level.number, 0, top)
-        self._take_whole_levels(bytes(first))
+        self._store(top_level.number, 0, first[: top_level.size])
+        self._take_whole_levels(first)
+
+    def _first_read(self) -> bytes:
+        content = bytearray(min(_FIRST_READ, self.geometry.size))
+        if content:
+            self.blob.read_into(0, memoryview(content))
+        return bytes(content)
+
+    def _is_top(self, first: bytes, fields: RootInput, root: bytes) -> bool:
+        """Whether the first read begins with the node that the root commits to; one is never larger than that."""
+        level = self.geometry.levels[-1]
+        return root_hash(fields, node_hash(self._suite, level.number, 0, first[: level.size])) == root
 
     def _take_whole_levels(self, first: bytes) -> None:
-        """Keep the upper nodes that the first read brought along, so that a mount asks the store once."""
+        """Keep the upper nodes that the first read brought along, so that a mount asks the store once.
+
+        Up to one that is wrong: what comes then is asked for when it is needed, and told or mended then.
+        """
         for level in reversed(self.geometry.levels[1:-1]):
             for node in range(level.nodes):
                 offset, size = level.span(node)
                 if offset + size > len(first):
                     return
                 entries = first[offset : offset + size]
-                self._check(level.number, node, entries, self._expected(level.number, node, wait=True))
+                if node_hash(self._suite, level.number, node, entries) != self._expected(level.number, node, wait=True):
+                    return
                 self._store(level.number, node, entries)
 
     def locate(self, index: int, *, wait: bool = True) -> FrameLocation | None:

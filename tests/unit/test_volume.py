@@ -18,7 +18,7 @@ from encfs.format.tree import ENTRY_SIZE, FANOUT, TreeGeometry
 from encfs.format.volume import VolumeReader
 from encfs.format.writer import VolumeOptions, VolumeWriter, WrittenVolume
 from encfs.oci.blobs import Descriptor
-from tests.support.memory import MemoryStore
+from tests.support.memory import MemoryBlob, MemoryStore
 
 FRAME = 4096
 
@@ -265,3 +265,40 @@ def test_read_ahead_failure_is_left_to_the_reader(sequential: tuple[ReadAhead, b
         results.append(taken is None)
     assert results[3]
     stream.close()
+
+
+class CachedCopy(MemoryBlob):
+    """A blob with a copy of some of its bytes, which was changed by somebody, until it is discarded."""
+
+    def __init__(self, store: MemoryStore, digest: str, size: int, changed: int) -> None:
+        super().__init__(store, digest, size)
+        self.changed = changed
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        super().read_into(offset, buffer)
+        if offset <= self.changed < offset + len(buffer):
+            buffer[self.changed - offset] ^= 1
+
+    def discard(self, offset: int, size: int) -> bool:
+        if offset <= self.changed < offset + size:
+            self.changed = -1
+        return True
+
+
+def test_a_changed_copy_of_any_part_of_the_tree_is_read_again() -> None:
+    store, content = MemoryStore(), os.urandom((FANOUT * FANOUT + 1) * FRAME)
+    written = write(store, content)
+    descriptor = written.descriptor
+    geometry = TreeGeometry.of(descriptor.frames)
+    assert len(geometry.levels) == 3
+    for offset in {
+        0,
+        *(level.offset for level in geometry.levels),
+        *(level.span(1)[0] for level in geometry.levels[:2]),
+    }:
+        tree = CachedCopy(store, descriptor.tree_digest, descriptor.tree_size, offset)
+        segments = [store.open_blob(Descriptor(SEGMENT_TYPE, s.digest, s.size)) for s in descriptor.segments]
+        volume = VolumeReader(descriptor, SUITES["blake3"], written.secret.key, tree, segments)
+        for frame in (0, FANOUT, descriptor.frames - 1):
+            assert bytes(volume.read(frame * FRAME, FRAME)) == content[frame * FRAME : (frame + 1) * FRAME]
+        assert tree.changed == -1
