@@ -27,6 +27,8 @@ from encfs.strictjson import show_name
 from imagetool.broker.rollback import CounterMark
 
 CONFIG_FILE = "broker.toml"
+#: Schemes of key URIs whose rest is a path.
+FILE_SCHEMES = ("file", "tpm2", "sealed")
 _MAX_SIZE = 64 << 10
 _COUNTER = frozenset({"counter_index", "counter_base", "counter_tpm"})
 _NAME = re.compile(r"[0-9a-f]{68}", re.ASCII)
@@ -72,7 +74,7 @@ class BrokerConfig:
         scheme, separator, rest = self.kek.partition(":")
         if not separator:
             scheme, rest = "file", self.kek
-        return f"{scheme}:{self.directory / rest}" if scheme in ("file", "tpm2", "sealed") else self.kek
+        return f"{scheme}:{self.directory / rest}" if scheme in FILE_SCHEMES else self.kek
 
     def path(self, name: str) -> Path:
         return self.directory / name

@@ -64,6 +64,7 @@ def command(
     from encfs.hardening import protect_keys
     from encfs.keys.files import write_key_files
     from encfs.keys.jwk import generate_key
+    from encfs.tpm.policy import parse_nv_index
     from imagetool.broker.config import CONFIG_FILE, BrokerConfig
     from imagetool.broker.opening import create_broker
     from imagetool.broker.serving import relative_to
@@ -73,7 +74,7 @@ def command(
         raise UsageError("--cert and --key belong together", hint="give both, or neither for a self-signed one")
     if certificate is not None and hosts:
         raise UsageError("--host is for the self-signed certificate", hint="leave it out with --cert")
-    index = _index(counter) if counter is not None else None
+    index = parse_nv_index(counter) if counter is not None else None
     protect_keys()
     place = Path(directory).absolute()
     place.mkdir(mode=0o700, exist_ok=True)
@@ -81,21 +82,31 @@ def command(
         from encfs.errors import ConflictError
 
         raise ConflictError(f"{directory} is a broker's directory already", hint="choose another")
-    if kek is None:
-        write_key_files(generate_key("oct"), place / "kek.jwk")
-        terminal.note(f"the key-encryption key is {place / 'kek.jwk'}: keep a copy where the database's copies are not")
-    if certificate is None:
-        write_self_signed(hosts or ["localhost", "127.0.0.1", "::1"], place / "tls.crt", place / "tls.key")
-    config = create_broker(
-        BrokerConfig(
-            place,
-            database=database,
-            kek=_kek_uri(kek) if kek is not None else "file:kek.jwk",
-            certificate=relative_to(place, certificate) if certificate is not None else "tls.crt",
-            private_key=relative_to(place, private_key) if private_key is not None else "tls.key",
-        ),
-        index,
+    config = BrokerConfig(
+        place,
+        database=database,
+        kek=_kek_uri(kek) if kek is not None else "file:kek.jwk",
+        certificate=relative_to(place, certificate) if certificate is not None else "tls.crt",
+        private_key=relative_to(place, private_key) if private_key is not None else "tls.key",
     )
+    made: list[Path] = []
+    try:
+        if kek is None:
+            write_key_files(generate_key("oct"), place / "kek.jwk")
+            made.append(place / "kek.jwk")
+        if certificate is None:
+            pair = place / "tls.crt", place / "tls.key"
+            write_self_signed(hosts or ["localhost", "127.0.0.1", "::1"], *pair)
+            made += pair
+        config = create_broker(config, index)
+    except BaseException:
+        # Nothing is encrypted under the key so far, and the next attempt makes another; unless it was at its very end.
+        if not (place / CONFIG_FILE).exists():
+            for path in made:
+                path.unlink(missing_ok=True)
+        raise
+    if kek is None:
+        terminal.note(f"the key-encryption key is {place / 'kek.jwk'}: keep a copy where the database's copies are not")
     terminal.result(
         {
             "directory": directory,
@@ -115,17 +126,9 @@ def command(
 
 def _kek_uri(text: str) -> str:
     """A key URI whose file is found from any working directory."""
+    from imagetool.broker.config import FILE_SCHEMES
+
     scheme, separator, rest = text.partition(":")
     if not separator:
         return f"file:{Path(text).absolute()}"
-    return f"{scheme}:{Path(rest).absolute()}" if scheme in ("file", "tpm2") else text
-
-
-def _index(text: str) -> int:
-    try:
-        index = int(text, 0)
-    except ValueError:
-        index = -1
-    if not 0x01000000 <= index <= 0x01FFFFFF:
-        raise UsageError(f"{text[:16]!a} is no NV index", hint="such as 0x01800100")
-    return index
+    return f"{scheme}:{Path(rest).absolute()}" if scheme in FILE_SCHEMES else text
