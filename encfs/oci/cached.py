@@ -20,7 +20,8 @@ from encfs.oci.fetching import FetchingBlob
 from encfs.oci.mirrors import behind_mirrors
 from encfs.oci.options import StoreOptions, default_cache_dir
 from encfs.oci.reference import DEFAULT_TAG, Reference
-from encfs.oci.registry import INDEX_TYPE, MANIFEST_TYPE, Registry
+from encfs.oci.referrers import INDEX_TYPE
+from encfs.oci.registry import MANIFEST_TYPE, Registry
 from encfs.oci.remote import RangeBlob
 from encfs.strictjson import loads_object
 

@@ -6,7 +6,8 @@ range is on its way once at most: whoever else wants it waits for the same bytes
 This has nothing to do with frames, which are the unit of encryption. What arrives goes to the ciphertext cache; where
 there is none, or it does not take it, a bounded amount stays in memory.
 
-Bytes are untrusted here, and checked by whoever reads. Not here: HTTP (`remote`), files of the cache (`cachedblob`).
+Bytes are untrusted here, and checked by whoever reads. Not here: HTTP (`remote`), files of the cache (`cachedblob`),
+what a reader will want next (`readers`).
 """
 
 from __future__ import annotations
@@ -22,18 +23,9 @@ from encfs.oci.cache import GRAIN
 from encfs.oci.cachedblob import CachedBlob, in_order
 from encfs.oci.fetcher import Fetch, Fetcher
 from encfs.oci.lanes import Priority
+from encfs.oci.readers import Readers
 from encfs.oci.remote import RangeBlob
 
-#: Bytes that are kept ahead of a reader at most.
-_LARGEST_WINDOW = 16 << 20
-#: Bytes of one request that reads ahead, so that several connections share a window.
-_LEAST_AHEAD, _MOST_AHEAD = 512 << 10, 8 << 20
-#: How far from the end of the last read (bytes) the next one counts as going on from there.
-_SLACK = 64 << 10
-#: How far behind that (bytes) a read still belongs to the same reader: the kernel asks for several pieces at a time.
-_BEHIND = 2 << 20
-#: Readers of one blob that are told apart.
-_STREAMS = 8
 #: Bytes that are fetched together at least where each request brings a blob from its beginning.
 _WHOLE_WINDOW = 8 << 20
 #: Seconds before a reader asks by himself for what another's request did not bring.
@@ -42,22 +34,6 @@ _PAUSE = 0.05
 
 class _MovedError(Exception):
     """The bytes are on their way in another fetch, or have to be asked for again. Never leaves this module."""
-
-
-class _Stream:
-    """A reader that may go on: where its first read ended, where it is, how far was ordered."""
-
-    __slots__ = ("ordered", "position", "start")
-
-    def __init__(self, position: int) -> None:
-        self.start = position
-        self.position = position
-        self.ordered = position
-
-    @property
-    def window(self) -> int:
-        """Bytes that are wanted ahead of it: as many as it has gone on for, so that a short one does not cost much."""
-        return min(self.position - self.start, _LARGEST_WINDOW)
 
 
 class FetchingBlob:
@@ -70,7 +46,7 @@ class FetchingBlob:
         self._fetcher = fetcher
         self._changed = threading.Condition()
         self._fetches: list[Fetch] = []
-        self._streams: list[_Stream] = []
+        self._readers = Readers()
 
     # -- reading
 
@@ -383,31 +359,10 @@ class FetchingBlob:
         """Note a read, and order what a reader that goes on is going to want. Never waits."""
         if not self._fetcher.lanes.follows:
             return
-        orders: Sequence[tuple[int, int]] = ()
         with self._changed:
-            stream = self._stream_of(offset, size)
-            if stream is not None and stream.ordered - stream.position <= stream.window // 2:
-                start = max(stream.ordered, stream.position)
-                end = min(stream.position + stream.window, self.size)
-                step = max(_LEAST_AHEAD, min(_MOST_AHEAD, stream.window // 2))
-                orders = [(first, min(first + step, end)) for first in range(start, end, step)]
-                stream.ordered = max(stream.ordered, end)
+            orders = self._readers.orders(offset, size, self.size)
         for first, last in orders:
             self._fetcher.lanes.submit(lambda first=first, last=last: self._fetch_ahead(first, last))  # type: ignore[misc]
-
-    def _stream_of(self, offset: int, size: int) -> _Stream | None:
-        """The stream that a read goes on with; None where it is the first of one, or somewhere behind."""
-        end = offset + size
-        for number, stream in enumerate(self._streams):
-            if stream.position <= offset <= stream.position + _SLACK:
-                stream.position = end
-                self._streams.append(self._streams.pop(number))
-                return stream
-            if stream.position - _BEHIND <= offset and end <= stream.position and stream.window:
-                return None
-        self._streams.append(_Stream(end))
-        del self._streams[:-_STREAMS]
-        return None
 
     def _fetch_ahead(self, start: int, end: int) -> None:
         # Claimed with a connection at hand: nobody shall wait for a fetch that waits itself.

@@ -2,55 +2,44 @@
 
 Constant memory whatever the sizes. What is written without a known digest goes through a temporary file first, and is
 uploaded from there while the next blob is written: an interrupted upload can then be resumed, and an encrypted frame is
-never made twice. Not here: single requests (`client`), ranges of blobs (`remote`), uploads (`upload`).
+never made twice. Not here: single requests (`client`), ranges of blobs (`remote`), uploads (`upload`, `spooling`),
+lists of referrers (`referrers`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any
-
-from rfc8785 import dumps as canonical_json
 
 from encfs.encoding import parse_digest, sha256_digest
 from encfs.errors import (
-    EncfsError,
     FormatError,
     IntegrityError,
     NotFoundError,
     TransportError,
     UnsupportedError,
 )
-from encfs.oci.blobs import MAX_MANIFEST_SIZE, Buffer, Descriptor, RawManifest
+from encfs.oci.blobs import MAX_MANIFEST_SIZE, Descriptor, RawManifest
 from encfs.oci.client import Client
 from encfs.oci.counters import TransferCounters
-from encfs.oci.files import FileWriter, storage_errors
 from encfs.oci.http import content_length, resolve, status_error
 from encfs.oci.options import StoreOptions
 from encfs.oci.reference import DEFAULT_TAG, Reference, check_registry_tag
+from encfs.oci.referrers import INDEX_TYPE, MAX_REFERRERS, list_with, parse_index, referrers_tag, subject_of
 from encfs.oci.remote import RangeBlob, RemoteBlob
+from encfs.oci.spooling import SpooledWriter, UploadQueue
 from encfs.oci.upload import Uploader
 from encfs.strictjson import loads_object, show_name
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
-INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 _DOCKER_MANIFEST_TYPE = "application/vnd.docker.distribution.manifest.v2+json"
 _DOCKER_INDEX_TYPE = "application/vnd.docker.distribution.manifest.list.v2+json"
 _ACCEPT = ", ".join((MANIFEST_TYPE, _DOCKER_MANIFEST_TYPE, INDEX_TYPE, _DOCKER_INDEX_TYPE))
 _SUCCESS = frozenset({200})
 _STORED = frozenset({200, 201, 202})
 
-#: Segments that wait for their upload or are being uploaded; with the one being written, so many lie in the spool.
-_MAX_PENDING = 2
-_READ_SIZE = 1 << 20
 _MAX_REFERRER_PAGES = 16
-_MAX_REFERRERS = 1024
 
 
 class Registry:
@@ -81,7 +70,7 @@ class Registry:
         )
         self._tag = reference.tag or (None if reference.digest else DEFAULT_TAG)
         self._uploader = Uploader(self.client)
-        self._uploads = _Uploads(self._uploader)
+        self._uploads = UploadQueue(self._uploader)
         self._mount_from = ""
 
     def __str__(self) -> str:
@@ -181,15 +170,15 @@ class Registry:
                 raise status_error(response, response.content, f"referrers of {digest}")
             found += parse_index(response.content)
             link = response.links.get("next", {}).get("url")
-            if not link or len(found) >= _MAX_REFERRERS:
+            if not link or len(found) >= MAX_REFERRERS:
                 break
             url = resolve(response.url, link)
-        return [item for item in found if artifact_type in (None, item.artifact_type)][:_MAX_REFERRERS]
+        return [item for item in found if artifact_type in (None, item.artifact_type)][:MAX_REFERRERS]
 
     def _tagged_referrers(self, digest: str) -> list[Descriptor]:
         """The list kept under a tag where the registry has no referrers API ("Referrers Tag Schema")."""
         try:
-            return parse_index(self._fetch_manifest(digest.replace(":", "-"), INDEX_TYPE).content)
+            return parse_index(self._fetch_manifest(referrers_tag(digest), INDEX_TYPE).content)
         except NotFoundError:
             return []
 
@@ -265,24 +254,18 @@ class Registry:
     def _add_tagged_referrer(self, content: bytes, descriptor: Descriptor) -> None:
         """Keep the list of referrers where the registry does not ("Pushing Manifests with Subject")."""
         manifest = loads_object(content, limit=MAX_MANIFEST_SIZE, what="manifest")
-        subject = manifest.get("subject")
-        if not isinstance(subject, dict):
+        digest = subject_of(manifest)
+        if digest is None:
             return
-        digest = subject.get("digest")
-        parse_digest(digest, "the digest of the manifest's subject")
-        listed = self._tagged_referrers(str(digest))
+        listed = self._tagged_referrers(digest)
         if any(item.digest == descriptor.digest for item in listed):
             return
-        descriptor = replace(descriptor, artifact_type=descriptor.artifact_type or _artifact_type(manifest))
-        manifests = [_descriptor_document(item) for item in (*listed, descriptor)]
-        index = canonical_json({"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": manifests})
-        name = str(digest).replace(":", "-")
         self.client.request(
-            self.client.url("manifests", name),
+            self.client.url("manifests", referrers_tag(digest)),
             "PUT",
             f"the list of referrers of {digest}",
             _STORED,
-            data=index,
+            data=list_with(listed, descriptor, manifest),
             headers={"Content-Type": INDEX_TYPE},
         )
 
@@ -310,157 +293,3 @@ def stream_in_order(
             yield piece
     if digest is not None and digest.digest() != parse_digest(descriptor.digest):
         raise IntegrityError(f"blob {descriptor.digest} of {label} has other content than its digest says")
-
-
-# -- blobs on their way
-
-
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    digest: str
-    file: FileWriter
-    done: Future[None]
-
-
-class _Uploads:
-    """Uploads in the background, bounded in number. The first failure is raised by whatever is called next."""
-
-    def __init__(self, uploader: Uploader) -> None:
-        self._uploader = uploader
-        self._pool: ThreadPoolExecutor | None = None
-        self._pending: deque[_Pending] = deque()
-        self._cancelled: set[str] = set()
-
-    def submit(self, descriptor: Descriptor, file: FileWriter) -> None:
-        """Upload a file and close it; waits while there are too many already. Raises: what an earlier upload raised."""
-        self._reduce(_MAX_PENDING - 1)
-        self._pool = self._pool or ThreadPoolExecutor(_MAX_PENDING, thread_name_prefix="upload")
-        self._pending.append(_Pending(descriptor.digest, file, self._pool.submit(self._upload, descriptor, file)))
-
-    def wait(self) -> None:
-        """Raises: what an upload raised."""
-        self._reduce(0)
-
-    def _reduce(self, count: int) -> None:
-        while len(self._pending) > count:
-            self._pending.popleft().done.result()
-
-    def _upload(self, descriptor: Descriptor, file: FileWriter) -> None:
-        def stream(offset: int) -> Iterator[bytes]:
-            for position in range(offset, descriptor.size, _READ_SIZE):
-                if descriptor.digest in self._cancelled:
-                    raise TransportError(f"the upload of {descriptor.digest} was cancelled")
-                yield file.read_back(position, min(_READ_SIZE, descriptor.size - position))
-
-        with contextlib.closing(file):
-            self._uploader.upload(descriptor, stream, lambda size: None)
-
-    def cancel(self, digest: str) -> None:
-        """End one upload, if it is under way."""
-        for item in [item for item in self._pending if item.digest == digest]:
-            self._end(item)
-
-    def close(self) -> None:
-        """End all of them."""
-        for item in list(self._pending):
-            self._end(item)
-        if self._pool is not None:
-            self._pool.shutdown()
-
-    def _end(self, item: _Pending) -> None:
-        self._cancelled.add(item.digest)
-        self._pending.remove(item)
-        if item.done.cancel():
-            item.file.close()
-        else:
-            with contextlib.suppress(EncfsError):
-                item.done.result()
-
-
-class SpooledWriter:
-    """A `BlobWriter` that keeps the blob in a temporary file until it is uploaded."""
-
-    def __init__(self, uploads: _Uploads, directory: str) -> None:
-        """Raises: StorageError."""
-        self._uploads = uploads
-        with storage_errors(directory):
-            self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            self._file: FileWriter | None = FileWriter(self._directory, directory)
-        except BaseException:
-            os.close(self._directory)
-            raise
-
-    def write(self, data: Buffer) -> None:
-        """Raises: StorageError."""
-        assert self._file is not None  # noqa: S101 - not after commit or abort
-        self._file.write(data)
-
-    def digest(self) -> str:
-        assert self._file is not None  # noqa: S101
-        return f"sha256:{self._file.hexdigest()}"
-
-    def commit(self, media_type: str) -> Descriptor:
-        """Hand the blob over to its upload; `put_manifest` waits for it. Raises: what an earlier upload raised."""
-        assert self._file is not None  # noqa: S101
-        descriptor = Descriptor(media_type, self.digest(), self._file.position)
-        self._uploads.submit(descriptor, self._file)
-        self._file = None
-        self.abort()
-        return descriptor
-
-    def abort(self) -> None:
-        """Throw away what was not committed; harmless when called again."""
-        if self._file is not None:
-            self._file.discard()
-            self._file = None
-        if self._directory >= 0:
-            os.close(self._directory)
-            self._directory = -1
-
-
-# -- documents
-
-
-def parse_index(content: bytes) -> list[Descriptor]:
-    """The descriptors of an untrusted image index, at most 1,024. Raises: FormatError."""
-    index = loads_object(content, limit=MAX_MANIFEST_SIZE, what="image index")
-    # Registries that are written in Go have null for an empty list.
-    entries = [] if "manifests" in index and index["manifests"] is None else index.get("manifests")
-    if not isinstance(entries, list):
-        raise FormatError("the image index has no list of manifests")
-    return [_parse_descriptor(item) for item in entries[:_MAX_REFERRERS]]
-
-
-def _parse_descriptor(value: object) -> Descriptor:
-    if not isinstance(value, dict):
-        raise FormatError("an entry of the image index is not an object")
-    media_type, size, artifact_type = value.get("mediaType"), value.get("size"), value.get("artifactType")
-    annotations = value.get("annotations") or {}
-    parse_digest(value.get("digest"), "a digest of the image index")
-    if not isinstance(media_type, str) or isinstance(size, bool) or not isinstance(size, int) or size < 0:
-        raise FormatError("an entry of the image index has no media type or size")
-    if not isinstance(annotations, dict) or not isinstance(artifact_type, str | None):
-        raise FormatError("an entry of the image index has odd annotations or an odd artifact type")
-    strings = {name: text for name, text in annotations.items() if isinstance(text, str)}
-    return Descriptor(media_type, str(value["digest"]), size, artifact_type, strings)
-
-
-def _artifact_type(manifest: dict[str, Any]) -> str | None:
-    """What a manifest says it is, as lists of referrers have it (distribution-spec, "Listing Referrers")."""
-    config = manifest.get("config")
-    stated = manifest.get("artifactType") or (config.get("mediaType") if isinstance(config, dict) else None)
-    return stated if isinstance(stated, str) else None
-
-
-def _descriptor_document(descriptor: Descriptor) -> dict[str, Any]:
-    document: dict[str, Any] = {
-        "mediaType": descriptor.media_type,
-        "digest": descriptor.digest,
-        "size": descriptor.size,
-    }
-    if descriptor.artifact_type:
-        document["artifactType"] = descriptor.artifact_type
-    if descriptor.annotations:
-        document["annotations"] = dict(descriptor.annotations)
-    return document
