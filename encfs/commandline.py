@@ -52,6 +52,11 @@ def size_option(*names: str, help: str, default: str | None = None) -> Any:  # n
     return typer.Option(*names, metavar="SIZE", parser=parse_size, help=shown, show_default=False)
 
 
+def value_option(*names: str, metavar: str, help: str) -> Any:  # noqa: A002 -- typer's own word
+    """An option that takes a value and says what happens without it, if anything, in `help`."""
+    return typer.Option(*names, metavar=metavar, help=help, show_default=False)
+
+
 def application(program: str, about: str) -> typer.Typer:
     """An empty program with the options that come before the command."""
     app = typer.Typer(

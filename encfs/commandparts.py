@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from encfs.commandline import size_option
+from encfs.commandline import size_option, value_option
 from encfs.errors import UsageError
 from encfs.terminal import Terminal
 
@@ -40,21 +40,31 @@ TargetArgument = Annotated[
 ]
 PlatformOption = Annotated[
     str | None,
-    typer.Option(
+    value_option(
         "--platform",
         metavar="OS/ARCH[/VARIANT]",
         help="What the container image must be for, and what is chosen in an index.  [default: this machine's]",
-        show_default=False,
     ),
 ]
 IndexPlatformOption = Annotated[
     str | None,
-    typer.Option(
+    value_option(
         "--platform",
         metavar="OS/ARCH[/VARIANT]",
         help="Of an image index only the artifact for this platform.  [default: all of them]",
-        show_default=False,
     ),
+]
+BackendOption = Annotated[
+    Literal["fuse", "erofs", "auto"],
+    typer.Option(
+        "--backend",
+        metavar="fuse|erofs|auto",
+        help="Who reads the images: the daemon, or the kernel's EROFS (root only); auto: the kernel where it can.",
+        show_choices=False,
+    ),
+]
+MemoryOption = Annotated[
+    int | None, size_option("--memory", help="Plaintext that is kept, beside the kernel's page cache.")
 ]
 RecursiveOption = Annotated[bool, typer.Option("-R", "--recursive", help="Also everything in its subdirectories.")]
 LongOption = Annotated[bool, typer.Option("-l", "--long", help="With mode, owner, size, time and link target.")]
@@ -66,12 +76,11 @@ class KeyOptions:
 
     keys: Annotated[
         list[str] | None,
-        typer.Option(
+        value_option(
             "-k",
             "--key",
             metavar="KEYURI",
             help="A key that opens the artifact: a key file, file:PATH, env:NAME, passphrase:, … Repeatable.",
-            show_default=False,
         ),
     ] = None
 
@@ -106,24 +115,23 @@ class TrustOptions:
 
     pin: Annotated[
         str | None,
-        typer.Option("--pin", metavar="DIGEST", help="Accept exactly this content digest.", show_default=False),
+        value_option("--pin", metavar="DIGEST", help="Accept exactly this content digest."),
     ] = None
     trust: Annotated[
         list[str] | None,
-        typer.Option(
+        value_option(
             "--trust",
             metavar="KEY",
             help="Accept what this public key (JWK or PEM file) signed; needs --id. Repeatable.",
-            show_default=False,
         ),
     ] = None
     artifact_id: Annotated[
         str | None,
-        typer.Option("--id", metavar="NAME", help="The line of releases that is expected.", show_default=False),
+        value_option("--id", metavar="NAME", help="The line of releases that is expected."),
     ] = None
     min_version: Annotated[
         int | None,
-        typer.Option("--min-version", metavar="N", help="Refuse versions below this one.", show_default=False),
+        value_option("--min-version", metavar="N", help="Refuse versions below this one."),
     ] = None
     allow_unsigned: Annotated[
         bool, typer.Option("--allow-unsigned", help="Accept an artifact whose origin nothing proves.")
@@ -157,19 +165,15 @@ class RegistryOptions:
     ] = False
     ca_file: Annotated[
         str | None,
-        typer.Option(
-            "--ca-file", metavar="FILE", help="Trust these authorities (PEM) for TLS, too.", show_default=False
-        ),
+        value_option("--ca-file", metavar="FILE", help="Trust these authorities (PEM) for TLS, too."),
     ] = None
     cert_file: Annotated[
         str | None,
-        typer.Option("--cert-file", metavar="FILE", help="Client certificate (PEM) for TLS.", show_default=False),
+        value_option("--cert-file", metavar="FILE", help="Client certificate (PEM) for TLS."),
     ] = None
     key_file: Annotated[
         str | None,
-        typer.Option(
-            "--key-file", metavar="FILE", help="Its key (PEM), where --cert-file has none.", show_default=False
-        ),
+        value_option("--key-file", metavar="FILE", help="Its key (PEM), where --cert-file has none."),
     ] = None
     io_timeout: Annotated[
         float | None,
@@ -216,11 +220,10 @@ class MirrorOptions(RegistryOptions):
 
     mirrors: Annotated[
         list[str] | None,
-        typer.Option(
+        value_option(
             "--mirror",
             metavar="URL",
             help="Read from this mirror of the registry, HOST[:PORT][/PREFIX], before the registry. Repeatable.",
-            show_default=False,
         ),
     ] = None
 
@@ -235,11 +238,10 @@ class CacheOptions(MirrorOptions):
 
     cache_dir: Annotated[
         str | None,
-        typer.Option(
+        value_option(
             "--cache-dir",
             metavar="DIR",
             help="Where ciphertext from registries is kept.  [default: encfs in the user's cache directory]",
-            show_default=False,
         ),
     ] = None
     cache_size: Annotated[

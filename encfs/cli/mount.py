@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from encfs.commandline import size_option, words_of
+from encfs.commandline import size_option, value_option, words_of
 from encfs.commandparts import (
+    BackendOption,
     CacheOptions,
     KeyOptions,
+    MemoryOption,
     PlatformOption,
     ReferenceArgument,
     TrustOptions,
@@ -41,29 +43,17 @@ def command(
         ),
     ] = "",
     foreground: Annotated[bool, typer.Option("--foreground", "-f", help="Stay, and log to standard error.")] = False,
-    memory: Annotated[
-        int | None, size_option("--memory", help="Plaintext that the daemon keeps, beside the kernel's page cache.")
-    ] = None,
+    memory: MemoryOption = None,
     allow_other: Annotated[bool, typer.Option("--allow-other", help="Let other users in.")] = False,
     suid: Annotated[bool, typer.Option("--suid", help="Honour set-uid bits and capabilities. Root only.")] = False,
     dev: Annotated[bool, typer.Option("--dev", help="Honour device nodes. Root only.")] = False,
-    backend: Annotated[
-        Literal["fuse", "erofs", "auto"],
-        typer.Option(
-            "--backend",
-            metavar="fuse|erofs|auto",
-            help="Who reads the images: the daemon, or the kernel's EROFS (root only); auto: the kernel where it can.",
-            show_choices=False,
-        ),
-    ] = "fuse",
+    backend: BackendOption = "fuse",
     writable: Annotated[
         bool, typer.Option("--writable", help="Let the mount be written to: into memory, or --upper. Root only.")
     ] = False,
     upper: Annotated[
         str | None,
-        typer.Option(
-            "--upper", metavar="DIR", help="Keep what is written in this directory, in clear.", show_default=False
-        ),
+        value_option("--upper", metavar="DIR", help="Keep what is written in this directory, in clear."),
     ] = None,
     platform: PlatformOption = None,
     prefetch: Annotated[
@@ -79,24 +69,20 @@ def command(
     ] = None,
     log_file: Annotated[
         str | None,
-        typer.Option("--log-file", metavar="FILE", help="Where the daemon logs.", show_default=False),
+        value_option("--log-file", metavar="FILE", help="Where the daemon logs."),
     ] = None,
     fuse_fd: Annotated[
         str | None,
-        typer.Option(
+        value_option(
             "--fuse-fd",
             metavar="N|unix:SOCKET",
             help="Serve a descriptor of /dev/fuse that was inherited, or that is handed over at a socket.",
-            show_default=False,
         ),
     ] = None,
     listen: Annotated[
         str | None,
-        typer.Option(
-            "--listen",
-            metavar="IP:PORT|unix:PATH",
-            help="Answer /healthz, /readyz and /metrics there; loopback only.",
-            show_default=False,
+        value_option(
+            "--listen", metavar="IP:PORT|unix:PATH", help="Answer /healthz, /readyz and /metrics there; loopback only."
         ),
     ] = None,
     log_format: Annotated[

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from encfs.commandline import size_option
+from encfs.commandline import value_option
 from encfs.commandparts import (
+    BackendOption,
     CacheOptions,
     KeyOptions,
+    MemoryOption,
     PlatformOption,
     ReferenceArgument,
     TrustOptions,
@@ -33,40 +35,29 @@ def command(
     registry: CacheOptions,
     environment: Annotated[
         list[str] | None,
-        typer.Option(
-            "-e",
-            "--env",
-            metavar="NAME[=VALUE]",
-            help="A variable; without a value as it is here. Repeatable.",
-            show_default=False,
+        value_option(
+            "-e", "--env", metavar="NAME[=VALUE]", help="A variable; without a value as it is here. Repeatable."
         ),
     ] = None,
     user: Annotated[
         str | None,
-        typer.Option("-u", "--user", metavar="USER[:GROUP]", help="Run as this user.", show_default=False),
+        value_option("-u", "--user", metavar="USER[:GROUP]", help="Run as this user."),
     ] = None,
     workdir: Annotated[
         str | None,
-        typer.Option("-w", "--workdir", metavar="DIR", help="Begin in this directory.", show_default=False),
+        value_option("-w", "--workdir", metavar="DIR", help="Begin in this directory."),
     ] = None,
     entrypoint: Annotated[
         str | None,
-        typer.Option(
-            "--entrypoint", metavar="PROGRAM", help="In place of the image's; empty for none.", show_default=False
-        ),
+        value_option("--entrypoint", metavar="PROGRAM", help="In place of the image's; empty for none."),
     ] = None,
     bind: Annotated[
         list[str] | None,
-        typer.Option(
-            "--bind",
-            metavar="SRC:DST[:ro]",
-            help="Show a file or directory of this machine. Repeatable.",
-            show_default=False,
-        ),
+        value_option("--bind", metavar="SRC:DST[:ro]", help="Show a file or directory of this machine. Repeatable."),
     ] = None,
     tmpfs: Annotated[
         list[str] | None,
-        typer.Option("--tmpfs", metavar="DIR", help="An empty directory in memory. Repeatable.", show_default=False),
+        value_option("--tmpfs", metavar="DIR", help="An empty directory in memory. Repeatable."),
     ] = None,
     read_only: Annotated[bool, typer.Option("--read-only", help="Writing only to /tmp, /dev and --tmpfs.")] = False,
     new_privs: Annotated[
@@ -75,15 +66,8 @@ def command(
     no_host_files: Annotated[
         bool, typer.Option("--no-host-files", help="Without this machine's resolv.conf and hosts.")
     ] = False,
-    backend: Annotated[
-        Literal["fuse", "erofs", "auto"],
-        typer.Option(
-            "--backend", metavar="fuse|erofs|auto", help="Who reads the images, as with mount.", show_choices=False
-        ),
-    ] = "fuse",
-    memory: Annotated[
-        int | None, size_option("--memory", help="Plaintext kept in memory, beside the kernel's page cache.")
-    ] = None,
+    backend: BackendOption = "fuse",
+    memory: MemoryOption = None,
     platform: PlatformOption = None,
 ) -> None:
     """Run an encrypted container image.

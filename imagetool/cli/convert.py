@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from encfs.commandline import size_option
+from encfs.commandline import value_option
 from encfs.commandparts import CacheOptions, KeyOptions, RegistryOptions, TrustOptions, opened_artifact, opened_source
 from encfs.errors import MissingKeyError, UsageError
 from encfs.terminal import Terminal
 from encfs.units import format_duration, format_size
+from imagetool.cli.encrypting import MaxLayerSizeOption
 from imagetool.cli.ocicrypt import KekOption, PlatformsOption, opened_keys, opened_recipients
 from imagetool.cli.recipientkeys import recipient_keys
 
@@ -56,31 +57,27 @@ def command(
     ],
     recipients: Annotated[
         list[str] | None,
-        typer.Option(
+        value_option(
             "-r",
             "--recipient",
             metavar="RECIPIENT",
             help="Encrypt to this: as for 'encrypt', or for 'ocicrypt encrypt' where that comes out. Repeatable.",
-            show_default=False,
         ),
     ] = None,
     keys: Annotated[
         list[str] | None,
-        typer.Option(
+        value_option(
             "-k",
             "--key",
             metavar="KEYURI",
             help="What opens SRC: as for 'ocicrypt decrypt', or for 'decrypt' of an artifact. Repeatable.",
-            show_default=False,
         ),
     ] = None,
     kek: KekOption = None,
     platforms: PlatformsOption = None,
     signers: Annotated[
         list[str] | None,
-        typer.Option(
-            "--sign", metavar="KEY", help="Sign the new artifact with this private key. Repeatable.", show_default=False
-        ),
+        value_option("--sign", metavar="KEY", help="Sign the new artifact with this private key. Repeatable."),
     ] = None,
     version: Annotated[
         int | None,
@@ -88,21 +85,11 @@ def command(
     ] = None,
     compression: Annotated[
         Literal["gzip", "none"] | None,
-        typer.Option(
-            "--layer-compression",
-            metavar="gzip|none",
-            help="How layers of ocicrypt are compressed.  [default: gzip]",
-            show_default=False,
+        value_option(
+            "--layer-compression", metavar="gzip|none", help="How layers of ocicrypt are compressed.  [default: gzip]"
         ),
     ] = None,
-    max_layer_size: Annotated[
-        int | None,
-        size_option(
-            "--max-layer-size",
-            help="What a layer may unpack to.",
-            default="16GiB, or 64 times its size if that is more",
-        ),
-    ] = None,
+    max_layer_size: MaxLayerSizeOption = None,
     *,
     trust: TrustOptions,
     registry: RegistryOptions,

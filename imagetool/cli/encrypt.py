@@ -6,31 +6,29 @@ from typing import Annotated, Literal
 
 import typer
 
-from encfs.commandline import size_option
+from encfs.commandline import size_option, value_option
 from encfs.commandparts import RegistryOptions
 from encfs.errors import FormatError, UsageError
 from encfs.terminal import Terminal
-from imagetool.cli.encrypting import Job, ReuseOptions, encrypt_image, encrypt_path
+from imagetool.cli.encrypting import Job, MaxLayerSizeOption, ReuseOptions, encrypt_image, encrypt_path
 from imagetool.cli.recipientkeys import recipient_keys
 
 RecipientsOption = Annotated[
     list[str] | None,
-    typer.Option(
+    value_option(
         "-r",
         "--recipient",
         metavar="KEY",
         help="Encrypt to this key: a JWK or PEM file, kbs:///REPOSITORY/TYPE/TAG?key=FILE (or broker=DIR, fetch=yes), "
         "keyprovider:NAME. Repeatable.",
-        show_default=False,
     ),
 ]
 PassphraseFileOption = Annotated[
     str | None,
-    typer.Option(
+    value_option(
         "--passphrase-file",
         metavar="FILE",
         help="Encrypt also to the passphrase in this file; - reads it from standard input.",
-        show_default=False,
     ),
 ]
 
@@ -59,16 +57,11 @@ def command(
     passphrase_file: PassphraseFileOption = None,
     signers: Annotated[
         list[str] | None,
-        typer.Option(
-            "--sign",
-            metavar="KEY",
-            help="Sign with this private key (JWK or PEM file). Repeatable.",
-            show_default=False,
-        ),
+        value_option("--sign", metavar="KEY", help="Sign with this private key (JWK or PEM file). Repeatable."),
     ] = None,
     artifact_id: Annotated[
         str | None,
-        typer.Option("--id", metavar="NAME", help="The line of releases; random if left out.", show_default=False),
+        value_option("--id", metavar="NAME", help="The line of releases; random if left out."),
     ] = None,
     version: Annotated[
         int, typer.Option("--artifact-version", metavar="N", help="The release, from 0 to 2^53-1.", show_default=True)
@@ -78,11 +71,10 @@ def command(
     ] = "blake3",
     compress: Annotated[
         Literal["none", "zstd"] | None,
-        typer.Option(
+        value_option(
             "--compress",
             metavar="none|zstd",
             help="Compress frames where it pays; sizes then tell more.  [default: zstd for images, none for the rest]",
-            show_default=False,
         ),
     ] = None,
     frame_size: Annotated[
@@ -96,33 +88,20 @@ def command(
     ] = None,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(
-            "--exclude",
-            metavar="GLOB",
-            help="Leave out what fits: a name, or a path below SRC. Repeatable.",
-            show_default=False,
-        ),
+        value_option("--exclude", metavar="GLOB", help="Leave out what fits: a name, or a path below SRC. Repeatable."),
     ] = None,
     platforms: Annotated[
         list[str] | None,
-        typer.Option(
+        value_option(
             "--platform",
             metavar="OS/ARCH[/VARIANT]",
             help="Of an image for several platforms take this one. Repeatable.  [default: all of them]",
-            show_default=False,
         ),
     ] = None,
     flatten: Annotated[
         bool, typer.Option("--flatten", help="Make all layers of an image into one; they are read twice.")
     ] = False,
-    max_layer_size: Annotated[
-        int | None,
-        size_option(
-            "--max-layer-size",
-            help="What a layer may unpack to.",
-            default="16GiB, or 64 times its size if that is more",
-        ),
-    ] = None,
+    max_layer_size: MaxLayerSizeOption = None,
     *,
     reuse: ReuseOptions,
     registry: RegistryOptions,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from encfs.commandline import size_option, value_option
 from encfs.commandparts import KeyOptions, RegistryOptions, TrustOptions, warn_of_origin
 from encfs.errors import NotFoundError, UsageError
 from encfs.terminal import Terminal
@@ -26,39 +27,43 @@ if TYPE_CHECKING:
     from imagetool.pipeline.encrypt_image import ImageOptions, ImagesResult
 
 
+MaxLayerSizeOption = Annotated[
+    int | None,
+    size_option(
+        "--max-layer-size", help="What a layer may unpack to.", default="16GiB, or 64 times its size if that is more"
+    ),
+]
+
+
 @dataclass(frozen=True, slots=True)
 class ReuseOptions:
     """The earlier artifact whose layers are taken over, and what makes it acceptable."""
 
     reference: Annotated[
         str | None,
-        typer.Option(
+        value_option(
             "--reuse",
             metavar="REF",
             help="Take layers of an image over from this earlier artifact, without encrypting them again.",
-            show_default=False,
         ),
     ] = None
     keys: Annotated[
         list[str] | None,
-        typer.Option("-k", "--key", metavar="KEYURI", help="A key that opens it. Repeatable.", show_default=False),
+        value_option("-k", "--key", metavar="KEYURI", help="A key that opens it. Repeatable."),
     ] = None
     pin: Annotated[
         str | None,
-        typer.Option("--pin", metavar="DIGEST", help="Reuse exactly this content digest.", show_default=False),
+        value_option("--pin", metavar="DIGEST", help="Reuse exactly this content digest."),
     ] = None
     trust: Annotated[
         list[str] | None,
-        typer.Option(
-            "--trust",
-            metavar="KEY",
-            help="Reuse what this public key signed under the same --id. Repeatable.",
-            show_default=False,
+        value_option(
+            "--trust", metavar="KEY", help="Reuse what this public key signed under the same --id. Repeatable."
         ),
     ] = None
     min_version: Annotated[
         int | None,
-        typer.Option("--min-version", metavar="N", help="Reuse no version below this one.", show_default=False),
+        value_option("--min-version", metavar="N", help="Reuse no version below this one."),
     ] = None
     allow_unsigned: Annotated[
         bool, typer.Option("--allow-unsigned", help="Reuse an artifact whose origin nothing proves.")

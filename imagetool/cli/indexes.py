@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from encfs.commandparts import RegistryOptions, opened_source, wanted_platform
 from encfs.terminal import Terminal
 
 if TYPE_CHECKING:
+    from encfs.artifact import LoadedArtifact
     from encfs.image.manifest import Platform
     from encfs.oci.blobs import RawManifest
 
@@ -21,6 +23,27 @@ class Told:
     platform: Platform | None
     members: dict[str, object]
     lines: list[str]
+
+
+def tell_of_public(
+    terminal: Terminal,
+    reference: str,
+    platform: str | None,
+    registry: RegistryOptions,
+    describe: Callable[[LoadedArtifact], tuple[dict[str, object], list[str]]],
+) -> None:
+    """Print what `describe` makes of an artifact's public documents: members of the JSON object, and lines."""
+    from encfs.artifact import load_artifact
+    from encfs.image.artifact import for_each_artifact
+
+    with opened_source(reference, registry) as source:
+
+        def told(manifest: RawManifest, listed: Platform | None) -> Told:
+            return Told(listed, *describe(load_artifact(source, manifest)))
+
+        document = source.document()
+        found = for_each_artifact(source, document, told, wanted_platform(platform))
+        tell(terminal, reference, document, platform, found)
 
 
 def tell(terminal: Terminal, reference: str, document: RawManifest, platform: str | None, told: Iterable[Told]) -> None:

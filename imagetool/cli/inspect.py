@@ -5,21 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from encfs.commandparts import (
-    IndexPlatformOption,
-    ReferenceArgument,
-    RegistryOptions,
-    opened_source,
-    wanted_platform,
-)
+from encfs.commandparts import IndexPlatformOption, ReferenceArgument, RegistryOptions
 from encfs.terminal import Terminal
 from encfs.units import format_size
-from imagetool.cli.indexes import Told, tell
+from imagetool.cli.indexes import tell_of_public
 
 if TYPE_CHECKING:
     from encfs.artifact import LoadedArtifact
-    from encfs.image.manifest import Platform
-    from encfs.oci.blobs import RawManifest
 
 
 def command(
@@ -30,23 +22,7 @@ def command(
     registry: RegistryOptions,
 ) -> None:
     """Show what is public of an artifact. Of an image index all are shown. Needs no key; nothing of it is proven."""
-    from encfs.artifact import load_artifact
-    from encfs.image.artifact import for_each_artifact
-
-    with opened_source(reference, registry) as source:
-
-        def told(manifest: RawManifest, listed: Platform | None) -> Told:
-            artifact = load_artifact(source, manifest)
-            return Told(listed, _document(artifact), list(_lines(reference, artifact)))
-
-        document = source.document()
-        tell(
-            terminal,
-            reference,
-            document,
-            platform,
-            for_each_artifact(source, document, told, wanted_platform(platform)),
-        )
+    tell_of_public(terminal, reference, platform, registry, lambda one: (_document(one), list(_lines(reference, one))))
 
 
 def _document(artifact: LoadedArtifact) -> dict[str, object]:

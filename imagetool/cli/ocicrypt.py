@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from encfs.commandline import add_command, size_option
+from encfs.commandline import add_command, size_option, value_option
 from encfs.commandparts import RegistryOptions, opened_source
 from encfs.errors import MissingKeyError
 from encfs.terminal import Terminal
@@ -42,50 +42,39 @@ DestinationArgument = Annotated[
 ImageArgument = Annotated[str, typer.Argument(metavar="REF", help=f"The image: {_FORMS}.", show_default=False)]
 RecipientsOption = Annotated[
     list[str] | None,
-    typer.Option(
+    value_option(
         "-r",
         "--recipient",
         metavar="RECIPIENT",
         help="Who can decrypt: a public key or certificate file, pgp:NAME, provider:NAME[:PARAMS], "
         "coco:kbs:///REPO/TYPE/TAG. Repeatable.",
-        show_default=False,
     ),
 ]
 KeysOption = Annotated[
     list[str] | None,
-    typer.Option(
+    value_option(
         "-k",
         "--key",
         metavar="KEYURI",
         help="What decrypts: a private key file, pgp:, provider:NAME[:PARAMS], a key URI of a KEK. Repeatable.",
-        show_default=False,
     ),
 ]
 KekOption = Annotated[
     str | None,
-    typer.Option(
-        "--kek",
-        metavar="KEYURI",
-        help="The 32-byte key behind the recipients coco:…: a file, kbs:…, cdh:….",
-        show_default=False,
-    ),
+    value_option("--kek", metavar="KEYURI", help="The 32-byte key behind the recipients coco:…: a file, kbs:…, cdh:…."),
 ]
 LayersOption = Annotated[
     list[int] | None,
-    typer.Option(
-        "--layer",
-        metavar="N",
-        help="Only this layer: from 0, lowest first, or from -1 backwards. Repeatable.",
-        show_default=False,
+    value_option(
+        "--layer", metavar="N", help="Only this layer: from 0, lowest first, or from -1 backwards. Repeatable."
     ),
 ]
 PlatformsOption = Annotated[
     list[str] | None,
-    typer.Option(
+    value_option(
         "--platform",
         metavar="OS/ARCH[/VARIANT]",
         help="Only this image of an index. Repeatable; one alone gives a plain image.",
-        show_default=False,
     ),
 ]
 
@@ -169,11 +158,10 @@ def keyprovider(
     terminal: Terminal,
     keks: Annotated[
         list[str] | None,
-        typer.Option(
+        value_option(
             "--kek",
             metavar="KID=KEYURI",
             help="A 32-byte key, and the kbs:///REPO/TYPE/TAG that packets name it by. Repeatable.",
-            show_default=False,
         ),
     ] = None,
     name: Annotated[
@@ -181,11 +169,10 @@ def keyprovider(
     ] = "attestation-agent",
     grpc: Annotated[
         str | None,
-        typer.Option(
+        value_option(
             "--grpc",
             metavar="ADDRESS",
             help="Serve gRPC at unix:PATH or 127.0.0.1:PORT, not one request on standard input.",
-            show_default=False,
         ),
     ] = None,
 ) -> None:

@@ -14,21 +14,19 @@ from encfs.commandparts import (
     ReferenceArgument,
     RegistryOptions,
     TrustOptions,
-    opened_source,
     wanted_platform,
 )
 from encfs.errors import MissingKeyError
 from encfs.terminal import Terminal
 from imagetool.cli.editing import edited, report
 from imagetool.cli.encrypt import PassphraseFileOption, RecipientsOption
-from imagetool.cli.indexes import Told, tell
+from imagetool.cli.indexes import tell_of_public
 from imagetool.cli.inspect import recipient_lines, recipients_document
 from imagetool.cli.recipientkeys import recipient_keys
 
 if TYPE_CHECKING:
-    from encfs.image.manifest import Platform
+    from encfs.artifact import LoadedArtifact
     from encfs.keys.jwk import PublicKey
-    from encfs.oci.blobs import RawManifest
 
 app = typer.Typer(name="recipients", help="Show and change who can open an artifact.", rich_markup_mode=None)
 
@@ -41,22 +39,12 @@ def list_recipients(
     registry: RegistryOptions,
 ) -> None:
     """List the recipients of an artifact. Of an image index all are listed. Needs no key; nothing of it is proven."""
-    from encfs.artifact import load_artifact
-    from encfs.image.artifact import for_each_artifact
 
-    with opened_source(reference, registry) as source:
+    def described(artifact: LoadedArtifact) -> tuple[dict[str, object], list[str]]:
+        members = {"content_digest": artifact.content_digest, "recipients": recipients_document(artifact)}
+        return dict(members), list(recipient_lines(artifact))
 
-        def told(manifest: RawManifest, listed: Platform | None) -> Told:
-            artifact = load_artifact(source, manifest)
-            members: dict[str, object] = {
-                "content_digest": artifact.content_digest,
-                "recipients": recipients_document(artifact),
-            }
-            return Told(listed, members, list(recipient_lines(artifact)))
-
-        document = source.document()
-        results = list(for_each_artifact(source, document, told, wanted_platform(platform)))
-    tell(terminal, reference, document, platform, results)
+    tell_of_public(terminal, reference, platform, registry, described)
 
 
 def add(

@@ -64,13 +64,6 @@ def server(tmp_path_factory: pytest.TempPathFactory, keys: Keys, tree: Path) -> 
         yield server
 
 
-@pytest.fixture
-def proxy(server: DockerRegistry) -> Iterator[FaultProxy]:
-    proxy = FaultProxy(server.host)
-    yield proxy
-    proxy.close()
-
-
 @dataclass
 class Mount:
     """A mount in the background, and the directory of its files."""

@@ -50,13 +50,6 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         yield server
 
 
-@pytest.fixture
-def proxy(server: Server) -> Iterator[FaultProxy]:
-    proxy = FaultProxy(server.host)
-    yield proxy
-    proxy.close()
-
-
 def whole(content: bytes) -> object:
     return lambda offset: iter([content[offset:]])
 

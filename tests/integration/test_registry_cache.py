@@ -39,13 +39,6 @@ def server(tmp_path_factory: pytest.TempPathFactory, keys: Keys) -> Iterator[Doc
         yield server
 
 
-@pytest.fixture
-def proxy(server: DockerRegistry) -> Iterator[FaultProxy]:
-    proxy = FaultProxy(server.host)
-    yield proxy
-    proxy.close()
-
-
 def source(proxy: FaultProxy, cache: Path, tag: str = ":v1", size: int = 64 << 20) -> CachedSource:
     options = StoreOptions(plain_http=True, io_timeout=3.0, cache_dir=str(cache), cache_size=size)
     return CachedSource(parse_reference(f"docker://{proxy.host}/test/repo{tag}"), options)

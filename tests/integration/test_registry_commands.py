@@ -37,13 +37,6 @@ def any_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         yield server
 
 
-@pytest.fixture
-def proxy(server: DockerRegistry) -> Iterator[FaultProxy]:
-    proxy = FaultProxy(server.host)
-    yield proxy
-    proxy.close()
-
-
 def command(program: str, *words: str) -> list[str]:
     return [sys.executable, "-c", f"from {program}.cli import main; main()", *words]
 

@@ -21,7 +21,15 @@ from encfs.errors import (
 from encfs.oci.blobs import Descriptor
 from encfs.oci.registry import Registry
 from tests.support.registry import DockerRegistry, Fault, FaultProxy, _ProxyHandler
-from tests.support.remote import MANIFEST, connected, describe, needs_docker_registry, put_image, randomness, running
+from tests.support.remote import (
+    MANIFEST,
+    connected,
+    describe,
+    needs_docker_registry,
+    put_image,
+    randomness,
+    serving,
+)
 
 pytestmark = needs_docker_registry
 
@@ -34,18 +42,8 @@ GET_BLOB = "^GET .*/blobs/sha256"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DockerRegistry]:
-    with running(tmp_path_factory.mktemp("registry")) as server:
-        with connected(server.host) as registry:
-            registry.write_blob(CONTENT, BLOB.media_type)
-            put_image(registry, [BLOB])
+    with serving(tmp_path_factory.mktemp("registry"), CONTENT) as server:
         yield server
-
-
-@pytest.fixture
-def proxy(server: DockerRegistry) -> Iterator[FaultProxy]:
-    proxy = FaultProxy(server.host)
-    yield proxy
-    proxy.close()
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from encfs.progress import NoProgress
 from encfs.trust import TrustPolicy
 from tests.support.artifacts import encrypt_tree, make_keys
 from tests.support.registry import PASSWORD, USERNAME, Authority, DockerRegistry, Fault, FaultProxy, _ProxyHandler
-from tests.support.remote import connected, describe, needs_docker_registry, put_image, randomness, running
+from tests.support.remote import connected, describe, needs_docker_registry, randomness, running, serving
 
 pytestmark = needs_docker_registry
 
@@ -40,10 +40,7 @@ GET_BLOB = r"^GET .*/blobs/sha256:"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DockerRegistry]:
-    with running(tmp_path_factory.mktemp("registry")) as server:
-        with connected(server.host) as registry:
-            registry.write_blob(CONTENT, BLOB.media_type)
-            put_image(registry, [BLOB])
+    with serving(tmp_path_factory.mktemp("registry"), CONTENT) as server:
         yield server
 
 

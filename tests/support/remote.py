@@ -59,6 +59,15 @@ def running(directory: Path, **options: object) -> Iterator[DockerRegistry]:
 
 
 @contextmanager
+def serving(directory: Path, content: bytes) -> Iterator[DockerRegistry]:
+    """A registry that has one blob, and an image of it as `test/repo:v1`."""
+    with running(directory) as server:
+        with connected(server.host) as registry:
+            put_image(registry, [registry.write_blob(content, SEGMENT)])
+        yield server
+
+
+@contextmanager
 def started(kind: str, directory: Path) -> Iterator[Server]:
     """A registry of one of two kinds, which both let blobs be deleted."""
     server = OciServer(directory) if kind == "ociserver" else DockerRegistry(directory, delete=True)
