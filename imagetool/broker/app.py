@@ -28,6 +28,8 @@ from imagetool.broker.metrics import Metrics
 
 #: Seconds for a request's body to arrive.
 BODY_TIMEOUT = 10.0
+#: Bytes of the first message, which names a version and a TEE.
+_MAX_AUTH = 16 << 10
 #: Seconds between deletions of expired sessions.
 _PURGE_INTERVAL = 5.0
 
@@ -40,10 +42,11 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one address may do: requests, sessions that send evidence, bytes of messages that are in memory."""
+    """What one address may do: requests, sessions that send evidence, bytes of messages, those that are in memory."""
 
     requests: RateLimiter
     sessions: RateLimiter
+    volume: RateLimiter
     bodies: ByteBudget
 
 
@@ -123,13 +126,13 @@ class _Api:
             raise Refusal(429, protocol.ERROR_BUSY, "too many requests from this address: try again later")
 
     async def auth(self, request: Request) -> Response:
-        async with self._body(request) as body:
+        async with self._body(request, _MAX_AUTH) as body:
             value, challenge = self._broker.auth(body)
         cookie = f"{protocol.SESSION_COOKIE}={value}{self._attributes}"
         return JSONResponse(challenge, headers={"Set-Cookie": cookie, **_UNCACHED})
 
     async def attest(self, request: Request) -> Response:
-        async with self._body(request) as body:
+        async with self._body(request, protocol.MAX_MESSAGE) as body:
             if not self._limits.sessions.allow(_address(request)):
                 raise Refusal(429, protocol.ERROR_BUSY, "too many sessions of this address: try again later")
             answer = await self._broker.attest(_cookie(request), body, _address(request))
@@ -163,27 +166,30 @@ class _Api:
         return Response(content, media_type=kind)
 
     @asynccontextmanager
-    async def _body(self, request: Request) -> AsyncIterator[bytes]:
-        """The body, within its size, its time, and what may be in memory of all while it is."""
+    async def _body(self, request: Request, limit: int) -> AsyncIterator[bytes]:
+        """The body of `limit` bytes at most, within its time, and what may be in memory of all while it is."""
         declared = request.headers.get("content-length", "0")
-        if not declared.isdecimal() or len(declared) > 9 or int(declared) > protocol.MAX_MESSAGE:
-            raise _too_large()
+        if not declared.isdecimal() or len(declared) > 9 or int(declared) > limit:
+            raise _too_large(limit)
         body, address = bytearray(), _address(request)
         try:
-            await self._receive(request, body, address)
+            await self._receive(request, body, limit, address)
             yield bytes(body)
         finally:
             self._limits.bodies.give_back(address, len(body))
 
-    async def _receive(self, request: Request, body: bytearray, address: str) -> None:
+    async def _receive(self, request: Request, body: bytearray, limit: int, address: str) -> None:
         try:
             async with asyncio.timeout(BODY_TIMEOUT):
                 async for chunk in request.stream():
+                    # Parsing a message blocks the others for a time that goes with its size.
+                    if not self._limits.volume.allow(address, len(chunk)):
+                        raise Refusal(429, protocol.ERROR_BUSY, "too much from this address: try again later")
                     if not self._limits.bodies.take(address, len(chunk)):
                         raise Refusal(429, protocol.ERROR_BUSY, "too much is being sent: try again later")
                     body += chunk
-                    if len(body) > protocol.MAX_MESSAGE:
-                        raise _too_large()
+                    if len(body) > limit:
+                        raise _too_large(limit)
         except TimeoutError:
             raise Refusal(408, protocol.ERROR_REQUEST, "the message did not arrive in time") from None
 
@@ -191,8 +197,8 @@ class _Api:
 _UNCACHED = {"Cache-Control": "no-store"}
 
 
-def _too_large() -> Refusal:
-    return Refusal(413, protocol.ERROR_REQUEST, f"the message is larger than {protocol.MAX_MESSAGE} bytes")
+def _too_large(limit: int) -> Refusal:
+    return Refusal(413, protocol.ERROR_REQUEST, f"the message is larger than {limit} bytes")
 
 
 def _cookie(request: Request) -> str | None:

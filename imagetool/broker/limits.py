@@ -17,14 +17,14 @@ class RateLimiter:
         self._rate, self._burst, self._clock = float(rate), float(burst), clock
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
-    def allow(self, address: str) -> bool:
-        """Whether a request of this address is within its rate; it is counted then."""
+    def allow(self, address: str, cost: int = 1) -> bool:
+        """Whether something of this address is within its rate; it is counted then."""
         now = self._clock()
         address = network(address)
         tokens, before = self._buckets.pop(address, (self._burst, now))
         tokens = min(self._burst, tokens + (now - before) * self._rate)
-        allowed = tokens >= 1
-        self._buckets[address] = (tokens - 1 if allowed else tokens, now)
+        allowed = tokens >= cost
+        self._buckets[address] = (tokens - cost if allowed else tokens, now)
         if len(self._buckets) > _MAX_ADDRESSES:
             # The one that asked longest ago: it is the nearest to a full bucket.
             self._buckets.popitem(last=False)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from encfs.errors import FormatError, NotFoundError, StorageError, UsageError
 from encfs.hardening import forbid_swapping
+from encfs.kbs.protocol import MAX_MESSAGE
 from imagetool.broker.config import BrokerConfig
 from imagetool.broker.endorsements import EndorsementStore, load_endorsements
 from imagetool.broker.opening import OpenedBroker
@@ -33,6 +34,8 @@ _MAX_CONNECTIONS = 1000
 _WANTED_FILES = 4096
 #: Bytes of messages that one worker has in memory.
 _BODIES_SIZE = 32 << 20
+#: Bytes that a request has on the average; most evidence is smaller.
+_REQUEST_SIZE = 32 << 10
 _KEEP_ALIVE = 15
 _BACKLOG = 1024
 #: Seconds for requests under way when a broker is ended.
@@ -216,6 +219,7 @@ def _work(
     share = max(config.max_sessions // (4 * options.workers), 1)
     limits = Limits(
         requests=RateLimiter(config.rate, config.burst),
+        volume=RateLimiter(config.rate * _REQUEST_SIZE, max(config.burst * _REQUEST_SIZE, MAX_MESSAGE)),
         sessions=RateLimiter(share / config.session_lifetime, share),
         bodies=ByteBudget(_BODIES_SIZE),
     )

@@ -376,6 +376,19 @@ def test_one_address_does_not_keep_others_out(tmp_path: Path) -> None:
             connection.close()
 
 
+def test_large_messages_of_one_address(tmp_path: Path) -> None:
+    directory = make_broker(tmp_path / "b")
+    config = directory / "broker.toml"
+    config.write_text(config.read_text().replace("rate = 50", "rate = 1").replace("burst = 200", "burst = 120"))
+    with serving(directory) as broker:
+        crowd = Handshake(broker.url, broker.ca).begin()
+        assert crowd.request("POST", "/kbs/v0/auth", b"{" * (17 << 10)).status == 413
+        large = b'{"a":[' + b",".join([b"{}"] * 60_000) + b"]}"
+        statuses = {crowd.request("POST", "/kbs/v0/attest", large).status for _ in range(100)}
+        assert statuses == {400, 429}
+        assert Handshake(broker.url, broker.ca, source="127.0.0.2").attested().resource().status == 200
+
+
 @pytest.mark.parametrize("start", [b"2\r\n{}\r\n0\r\n", b""], ids=["trailers", "chunks"])
 def test_a_request_without_end(tmp_path: Path, start: bytes) -> None:
     directory = make_broker(tmp_path / "b")

@@ -289,6 +289,14 @@ def test_what_counts_as_one_address() -> None:
     assert [limiter.allow(one) for one in ("2001:db8::1", "2001:db8::2", "2001:db8:0:1::")] == [True, False, True]
 
 
+def test_bytes_cost_what_they_are() -> None:
+    now = 0.0
+    limiter = RateLimiter(10, 100, clock=lambda: now)
+    assert [limiter.allow("a", cost) for cost in (60, 60, 40, 1)] == [True, False, True, False]
+    now = 6.0
+    assert [limiter.allow("a", cost) for cost in (61, 60)] == [False, True]
+
+
 def test_bytes_under_way_are_shared() -> None:
     budget = ByteBudget(100)
     assert budget.take("a", 50)
