@@ -10,19 +10,25 @@ import contextlib
 import errno
 import os
 import secrets
+import sqlite3
 import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from encfs.erofs.spool import open_temporary, storage_errors
 from encfs.erofs.structures import printable
-from encfs.erofs.tree import Inode, Tree
+from encfs.erofs.tree import DirectoryEntry, Inode, Tree
 from encfs.erofs.walk import WalkBounds
 from encfs.errors import ConflictError, NotFoundError, StorageError
 from encfs.format.readahead import MAX_WINDOW, ReadAhead, Stream
 from encfs.progress import Progress
 
+#: Levels of a tree, the deepest ones, whose listings are kept while what is below them is written.
+_LISTED = 64
+#: Bytes of a path that system calls take, with the NUL at its end.
+_PATH_MAX = 4096
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -76,7 +82,11 @@ def _storage_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"{printable(os.fsencode(path))}: {error.strerror or error}") from None
+        raise _storage_error(path, error) from None
+
+
+def _storage_error(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"{printable(os.fsencode(path))}: {error.strerror or error}")
 
 
 def _replace(directory: int, name: bytes) -> int:
@@ -122,6 +132,53 @@ def _unlink_files(directory: int) -> bytes | None:
     return None
 
 
+class _Level:
+    """A directory being filled: its inode, the length of its path, and where its listing is."""
+
+    __slots__ = ("_place", "entries", "inode", "path_size")
+
+    def __init__(self, inode: Inode, path_size: int, entries: Iterator[DirectoryEntry]) -> None:
+        self.inode = inode
+        self.path_size = path_size
+        #: None: the listing was let go, and is begun again where it was.
+        self.entries: Iterator[DirectoryEntry] | None = entries
+        self._place = 0
+
+    def next_entry(self, reader: Tree) -> DirectoryEntry | None:
+        if self.entries is None:
+            self.entries = reader.entries(self.inode, self._place)
+        entry = next(self.entries, None)
+        if entry is not None:
+            self._place = entry.next
+        return entry
+
+
+class _Links:
+    """Where files with several names were written first: in a temporary database, since there may be any number."""
+
+    def __init__(self) -> None:
+        self._spool: sqlite3.Connection | None = None
+
+    def first_path(self, nid: int, path: bytearray) -> bytes | None:
+        """The path that this file was given first; None where it is given its first now, by which it can be linked."""
+        if self._spool is None:
+            self._spool = open_temporary("CREATE TABLE first (nid INTEGER PRIMARY KEY, path BLOB NOT NULL)")
+        with storage_errors():
+            row = self._spool.execute("SELECT path FROM first WHERE nid = ?", (nid,)).fetchone()
+            # link(2) takes no longer one: further names become files of their own.
+            if row is None and len(path) < _PATH_MAX:
+                self._spool.execute("INSERT INTO first VALUES (?, ?)", (nid, bytes(path)))
+        return None if row is None else bytes(row[0])
+
+    def forget(self, nid: int) -> None:
+        if self._spool is not None:
+            self._spool.execute("DELETE FROM first WHERE nid = ?", (nid,))
+
+    def close(self) -> None:
+        if self._spool is not None:
+            self._spool.close()
+
+
 class _Extraction:
     """One extraction under way. Directories get their attributes when everything in them is there."""
 
@@ -132,66 +189,77 @@ class _Extraction:
         self._staging = staging
         self._root = os.open(staging, _DIRECTORY_FLAGS)
         self._buffer = memoryview(bytearray(MAX_WINDOW))
-        self._linked: dict[int, bytes] = {}
+        self._links = _Links()
+        #: Of what is being written, from the root of the tree.
+        self._path = bytearray()
         self._privileged = os.geteuid() == 0
         self.names = self.size = self.skipped = 0
 
     def close(self) -> None:
+        self._links.close()
         os.close(self._root)
 
     def run(self) -> None:
         bounds = WalkBounds(self._reader)
         root = self._reader.inode(self._reader.root)
-        # Directories from the root down to the one being filled: path, inode, its remaining entries. Only the last one
-        # is open, so that depth costs no descriptors; its parent is reached through "..", since all of it is ours.
-        stack = [(b"", root, self._reader.entries(root))]
+        # Directories from the root down to the one being filled. Only that is open, so that depth costs no descriptors;
+        # its parent is reached through "..", since all of it is ours.
+        stack = [_Level(root, 0, self._reader.entries(root))]
         directory = os.dup(self._root)
         try:
             while stack:
-                path, inode, entries = stack[-1]
-                entry = next(entries, None)
+                level = stack[-1]
+                del self._path[level.path_size :]
+                entry = level.next_entry(self._reader)
                 if entry is None:
-                    directory = self._finish_directory(path, inode, directory)
+                    directory = self._finish_directory(level.inode, directory, is_root=len(stack) == 1)
                     stack.pop()
                     continue
                 if entry.name in (b".", b".."):
                     continue
-                child_path = path + b"/" + entry.name if path else entry.name
+                self._path += b"/" + entry.name if self._path else entry.name
                 child = self._reader.inode(entry.nid)
-                bounds.check(inode, child, len(child_path))
+                bounds.check(level.inode, child, len(self._path))
                 self.names += 1
-                with _storage_errors(self._shown(child_path)):
+                with self._storage_errors():
                     if stat.S_ISDIR(child.mode):
                         os.mkdir(entry.name, 0o700, dir_fd=directory)
                         directory = _replace(directory, entry.name)
-                        stack.append((child_path, child, self._reader.entries(child)))
+                        stack.append(_Level(child, len(self._path), self._reader.entries(child)))
+                        if len(stack) > _LISTED:
+                            stack[-_LISTED - 1].entries = None
                     else:
-                        self._create(child_path, entry.name, child, directory)
+                        self._create(entry.name, child, directory)
         finally:
             os.close(directory)
 
-    def _finish_directory(self, path: bytes, inode: Inode, directory: int) -> int:
+    def _finish_directory(self, inode: Inode, directory: int, *, is_root: bool) -> int:
         """Set the attributes of a directory that has everything in it; its parent, open (its own again for the root).
 
         The parent is opened first: afterwards its mode may forbid that.
         """
-        with _storage_errors(self._shown(path)):
+        with self._storage_errors():
             finished = os.dup(directory)
             try:
-                if path:
+                if not is_root:
                     directory = _replace(directory, b"..")
                 self._set_attributes(finished, inode)
             finally:
                 os.close(finished)
         return directory
 
-    def _shown(self, path: bytes) -> Path:
-        return self._staging / os.fsdecode(path)
+    @contextlib.contextmanager
+    def _storage_errors(self) -> Iterator[None]:
+        """The same of what is being written. Its path is put together in case of need: it may be long."""
+        try:
+            yield
+        except OSError as error:
+            raise _storage_error(self._staging / os.fsdecode(bytes(self._path)), error) from None
 
-    def _create(self, path: bytes, name: bytes, inode: Inode, directory: int) -> None:
+    def _create(self, name: bytes, inode: Inode, directory: int) -> None:
         if inode.nlink > 1:
-            first = self._linked.setdefault(inode.nid, path)
-            if first is not path:
+            first = self._links.first_path(inode.nid, self._path)
+            if first is not None:
                 os.link(first, name, src_dir_fd=self._root, dst_dir_fd=directory, follow_symlinks=False)
                 return
         kind = stat.S_IFMT(inode.mode)
@@ -210,7 +278,7 @@ class _Extraction:
             os.mknod(name, kind | 0o600, inode.rdev, dir_fd=directory)
         else:
             self.skipped += 1
-            self._linked.pop(inode.nid, None)
+            self._links.forget(inode.nid)
             return
         self._set_special_attributes(name, inode, directory)
 

@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -165,6 +166,40 @@ def test_links_in_the_tree_are_never_followed(tmp_path: Path) -> None:
     assert (before.st_mtime_ns, before.st_uid, before.st_mode) == (after.st_mtime_ns, after.st_uid, after.st_mode)
     assert os.readlink(tmp_path / "target" / "again") == str(tmp_path / "victim")
     assert os.lstat(tmp_path / "target" / "link").st_nlink == 2
+
+
+def test_names_of_files_in_deep_directories_cost_no_memory(tmp_path: Path) -> None:
+    """No system call takes the path of the first name: the second becomes a file of its own."""
+    deep = b"/".join([b"d" * 250] * 400)
+    items: list[Item] = [(Entry(b"%b/%d" % (deep, number), FILE, size=1), b"x") for number in range(300)]
+    items += [(Entry(b"z/%d" % number, FILE, link_to=b"%b/%d" % (deep, number)), b"") for number in range(300)]
+    items += [(Entry(b"z/again", FILE, link_to=b"%b/0" % deep), b"")]
+    volume, _ = make_volume(tmp_path, items)
+    tracemalloc.start()
+    try:
+        extract(volume, tmp_path / "target")
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "target" / "z" / "299").read_bytes() == b"x"
+    assert (tmp_path / "target" / "z" / "0").samefile(tmp_path / "target" / "z" / "again")
+    subprocess.run(["rm", "-rf", tmp_path / "target"], check=True)
+
+
+def test_listings_that_were_let_go_are_gone_on_with(tmp_path: Path) -> None:
+    """Beside each of many levels lie files and directories that are listed before and after it."""
+    items: list[Item] = []
+    for depth in range(150):
+        above = b"m/" * depth
+        items += [(Entry(above + name, FILE, size=len(name)), name) for name in (b"a", b"z")]
+        items += [(Entry(above + name, FILE, size=1), b"x") for name in (b"l/below", b"n/below")]
+    items.sort(key=lambda item: item[0].path)
+    volume, _ = make_volume(tmp_path, items)
+    result = extract(volume, tmp_path / "target")
+    assert result.names == 150 * 6 + 149
+    found = {os.fsencode(path.relative_to(tmp_path / "target")) for path in (tmp_path / "target").rglob("*")}
+    assert {entry.path for entry, _ in items} <= found
+    assert len(found) == result.names
 
 
 def test_a_deep_tree_needs_no_descriptors_and_goes_away_on_failure(tmp_path: Path) -> None:
