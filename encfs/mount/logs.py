@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from io import TextIOWrapper
 from pathlib import Path
 
 from encfs.errors import StorageError
@@ -72,13 +73,20 @@ def logging_to(path: Path | None, log_format: LogFormat = "text") -> Iterator[No
         handler.close()
 
 
+class _PrivateFileHandler(logging.handlers.RotatingFileHandler):
+    """Messages name the artifact: each file, the later ones too, is for this user only, and no link is followed."""
+
+    def _open(self) -> TextIOWrapper:
+        return open(self.baseFilename, "a", encoding=self.encoding, errors=self.errors, opener=_open_private)
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
 def _file_handler(path: Path) -> logging.Handler:
     try:
-        # Messages name the artifact: they are for this user only.
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
-        return logging.handlers.RotatingFileHandler(
-            path, maxBytes=_MAX_SIZE, backupCount=1, encoding="utf-8", errors="backslashreplace"
-        )
+        return _PrivateFileHandler(path, maxBytes=_MAX_SIZE, backupCount=1, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise StorageError(f"the log file {path} cannot be opened: {error.strerror}") from None
 

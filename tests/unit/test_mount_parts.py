@@ -14,6 +14,7 @@ import pytest
 from encfs.errors import FormatError, IntegrityError, StorageError
 from encfs.mount import MountOptions, polling
 from encfs.mount.failures import FailureLog
+from encfs.mount.logs import logging_to
 from encfs.mount.mountpoint import absolute, parse_mountinfo
 from encfs.mount.runtime import ENVIRONMENT_VARIABLE, existing_runtime_directory, runtime_directory
 from tests.support.mounts import wait_for_end
@@ -244,3 +245,21 @@ def test_users_have_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     with pytest.raises(StorageError, match=str(tmp_path / "session" / "encfs")):
         runtime_directory()  # made by this test's user, who is not 4242
     assert (tmp_path / "session" / "encfs").is_dir()
+
+
+# Log files
+
+
+def test_every_log_file_is_private_and_no_link_is_followed(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    before = os.umask(0o022)
+    try:
+        with logging_to(log):
+            for _ in range(200):
+                logging.getLogger("encfs.mount").error("x" * 10_000)
+        assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {"log": 0o600, "log.1": 0o600}
+    finally:
+        os.umask(before)
+    (tmp_path / "link").symlink_to("log")
+    with pytest.raises(StorageError), logging_to(tmp_path / "link"):
+        pytest.fail("unreachable")
