@@ -155,9 +155,12 @@ def create_file(path: str | os.PathLike[str], content: bytearray, mode: int) -> 
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
         try:
-            with os.fdopen(descriptor, "wb", buffering=0) as file:
+            with os.fdopen(descriptor, "wb", buffering=0) as file, memoryview(content) as view:
                 os.fchmod(file.fileno(), mode)
-                file.write(content)
+                written = 0
+                # A disk that is almost full takes a part, and refuses the rest.
+                while written < len(view):
+                    written += file.write(view[written:])
                 os.fsync(file.fileno())
         except BaseException:
             os.unlink(path)

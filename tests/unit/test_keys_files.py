@@ -8,6 +8,7 @@ import logging
 import os
 import stat
 import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -375,3 +376,21 @@ def test_other_members_are_ignored() -> None:
     assert isinstance(parsed, PublicKey)
     assert parsed.kid == public("x25519").kid
     assert parsed.kid != b64url_encode(b"mine")
+
+
+def test_a_disk_that_takes_a_part_leaves_no_key_file(tmp_path: Path) -> None:
+    program = """
+import resource, sys
+from encfs.errors import StorageError
+from encfs.keys.files import write_key_files
+from encfs.keys.jwk import generate_key
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    write_key_files(generate_key("ed25519"), sys.argv[1])
+except StorageError as error:
+    print(error.message)
+"""
+    words = [sys.executable, "-c", program, tmp_path / "key"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
+    assert "cannot write" in done.stdout
+    assert list(tmp_path.iterdir()) == []
