@@ -22,7 +22,7 @@ from encfs.oci.blobs import Blob
 from encfs.progress import Progress
 
 _READ_SIZE = 4 << 20
-#: Runs of frames out of order that are remembered at most, in all segments together.
+#: Runs of frames out of order that are remembered at most, in all segments of a volume together.
 _MAX_SCATTERED = 1 << 20
 
 
@@ -51,7 +51,10 @@ def verify_volume(
     """Raises: IntegrityError, FormatError at the first thing that is wrong; what the blobs raise."""
     _check_digest(tree, descriptor.tree_digest, "the tree")
     reader = TreeReader(descriptor.root_input(suite), descriptor.root, tree)
-    checks = [_SegmentCheck(blob, item.digest) for blob, item in zip(segments, descriptor.segments, strict=True)]
+    scattered = _Scattered()
+    checks = [
+        _SegmentCheck(blob, item.digest, scattered) for blob, item in zip(segments, descriptor.segments, strict=True)
+    ]
     buffers = [memoryview(bytearray(max(_READ_SIZE, descriptor.frame_size * 2))) for _ in range(2)]
     with ThreadPoolExecutor(1, thread_name_prefix="digest") as pool:
         pending: Future[None] | None = None
@@ -112,10 +115,17 @@ def _check_leaves(suite: Suite, run: _Run, stored: memoryview) -> None:
         start += location.stored
 
 
+class _Scattered:
+    """How many runs out of order all segments of a volume remember."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
 class _SegmentCheck:
     """One segment's digest and tiling, fed with runs in the order of the frames."""
 
-    def __init__(self, blob: Blob, digest: str) -> None:
+    def __init__(self, blob: Blob, digest: str, all_scattered: _Scattered) -> None:
         self._blob = blob
         self._digest = digest
         self.frames = 0
@@ -123,6 +133,7 @@ class _SegmentCheck:
         self._hashed = 0
         self._covered = 0
         self._scattered: dict[int, int] = {}
+        self._all_scattered = all_scattered
 
     def take(self, run: _Run, stored: memoryview) -> None:
         self.frames += len(run.locations)
@@ -134,12 +145,14 @@ class _SegmentCheck:
             raise FormatError(f"frames {run.first} and others overlap in segment {self._digest}")
         if start > self._covered:
             self._scattered[start] = end
-            if len(self._scattered) > _MAX_SCATTERED:
+            self._all_scattered.count += 1
+            if self._all_scattered.count > _MAX_SCATTERED:
                 raise FormatError(f"the frames of segment {self._digest} are scattered beyond measure")
             return
         self._covered = end
         while self._covered in self._scattered:
             self._covered = self._scattered.pop(self._covered)
+            self._all_scattered.count -= 1
 
     def finish(self) -> None:
         """What was skipped as out of order is read again for the digest: as a rule frame 0 alone."""

@@ -12,6 +12,7 @@ import pytest
 
 from encfs.encoding import sha256_digest
 from encfs.errors import FormatError, IntegrityError
+from encfs.format import verification
 from encfs.format.descriptor import SEGMENT_TYPE, TREE_TYPE, SegmentDescriptor, VolumeDescriptor
 from encfs.format.suite import SUITES
 from encfs.format.tree import ENTRY_SIZE, FANOUT, FrameLocation, TreeGeometry, leaf_hash, pack_entry, write_tree
@@ -126,6 +127,22 @@ class Crafted:
         writer = MemoryWriter(store)
         root = write_tree(volume.root_input(SUITE), io.BytesIO(b"".join(map(pack_entry, self.entries))), writer)
         return store, replace(volume, root=root, tree_digest=writer.commit(TREE_TYPE).digest)
+
+
+def test_frames_out_of_order_are_remembered_up_to_a_bound_for_all_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each of three segments the second frame comes first: three are remembered."""
+    segments = [os.urandom(2 * STORED) for _ in range(3)]
+    entries = []
+    for index in range(6):
+        segment, offset = index % 3, STORED if index < 3 else 0
+        stored = segments[segment][offset : offset + STORED]
+        entries.append(FrameLocation(leaf_hash(SUITE, index, stored), offset, STORED, segment, 0))
+    store, volume = Crafted(segments, entries, [2, 2, 2]).build()
+    monkeypatch.setattr(verification, "_MAX_SCATTERED", 3)
+    assert check(store, volume).frames == 6
+    monkeypatch.setattr(verification, "_MAX_SCATTERED", 2)
+    with pytest.raises(FormatError, match="scattered beyond measure"):
+        check(store, volume)
 
 
 def craft() -> Crafted:
