@@ -131,7 +131,7 @@ def _to_artifact(
     from encfs.oci.store import open_sink
     from imagetool.ocicrypt.conversion import DecryptingSource
     from imagetool.pipeline.encrypt_image import ImageOptions, encrypt_images
-    from imagetool.sources.image import load_images
+    from imagetool.sources.stored import load_images
 
     store, target = job.registry.store(), _target(job)
     signing = [load_signing_key(path) for path in signers]

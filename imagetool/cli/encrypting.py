@@ -143,7 +143,7 @@ def encrypt_image(
     """Encrypt a container image, and print the outcome. Raises: as `imagetool.pipeline.encrypt_image`."""
     from encfs.oci.store import open_sink
     from imagetool.pipeline.encrypt_image import encrypt_images
-    from imagetool.sources.image import opened_images
+    from imagetool.sources.stored import opened_images
 
     store = job.registry.store()
     with (

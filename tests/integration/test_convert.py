@@ -21,7 +21,7 @@ from encfs.progress import NoProgress
 from imagetool.ocicrypt.conversion import DecryptingSource
 from imagetool.ocicrypt.keys import parse_opener
 from imagetool.pipeline.encrypt_image import ImageOptions, encrypt_images
-from imagetool.sources.image import load_images
+from imagetool.sources.stored import load_images
 from tests.integration.test_registry_commands import answer, run
 from tests.support.container_images import Store, archive, make_image, make_index, make_key, run_encrypt, skopeo_copy
 from tests.support.documented import assert_as_documented

@@ -29,7 +29,7 @@ from encfs.progress import NoProgress
 from encfs.trust import TrustPolicy
 from imagetool.pipeline.encrypt_image import ImageOptions, ImagesResult, encrypt_images
 from imagetool.pipeline.reuse import opened_earlier
-from imagetool.sources.image import opened_images
+from imagetool.sources.stored import opened_images
 from tests.support.artifacts import ARTIFACT_ID, Keys
 from tests.support.container_images import Store, make_image, make_index
 from tests.support.image_layers import (

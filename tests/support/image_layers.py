@@ -29,7 +29,7 @@ from encfs.progress import NoProgress
 from encfs.trust import TrustPolicy
 from imagetool.pipeline.decrypt_image import RestoredImage, restore_image
 from imagetool.pipeline.encrypt_image import ImageOptions, ImagesResult, encrypt_images
-from imagetool.sources.image import opened_images
+from imagetool.sources.stored import opened_images
 from tests.support.artifacts import ARTIFACT_ID, Keys
 
 needs_umoci = pytest.mark.skipif(not shutil.which("umoci"), reason="umoci is not installed")
