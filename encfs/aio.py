@@ -3,7 +3,8 @@
     async with await encfs.aio.open("oci:models:v1", key="me.jwk", pin="sha256:...") as artifact:
         config = await artifact.read("config.json")
 
-A cancelled call gives up waiting; the thread finishes on its own, and writes to no buffer that it was not given.
+A cancelled `list`, `stat`, `exists` or `read` is not waited for: its thread finishes on its own, and what it found is
+dropped. The others end first, since they open something or write to what is the caller's.
 """
 
 from __future__ import annotations
@@ -39,21 +40,21 @@ class AsyncArtifact:
         def entries() -> builtins.list[Entry]:
             return builtins.list(self.artifact.list(path, recursive=recursive))
 
-        return await trio.to_thread.run_sync(entries)
+        return await trio.to_thread.run_sync(entries, abandon_on_cancel=True)
 
     async def stat(self, path: AnyPath, *, follow_symlinks: bool = True) -> Entry:
         """What stands at a path."""
         return await trio.to_thread.run_sync(
-            functools.partial(self.artifact.stat, path, follow_symlinks=follow_symlinks)
+            functools.partial(self.artifact.stat, path, follow_symlinks=follow_symlinks), abandon_on_cancel=True
         )
 
     async def exists(self, path: AnyPath) -> bool:
         """Whether something stands at a path."""
-        return await trio.to_thread.run_sync(self.artifact.exists, path)
+        return await trio.to_thread.run_sync(self.artifact.exists, path, abandon_on_cancel=True)
 
     async def read(self, path: AnyPath, offset: int = 0, size: int | None = None) -> bytes:
         """A range of a regular file; all of it by default."""
-        return await trio.to_thread.run_sync(self.artifact.read, path, offset, size)
+        return await trio.to_thread.run_sync(self.artifact.read, path, offset, size, abandon_on_cancel=True)
 
     async def read_into(self, path: AnyPath, offset: int, buffer: bytearray | memoryview) -> int:
         """Decrypt a range into `buffer`. Not cancelled in the middle: the buffer is the thread's until it is done."""

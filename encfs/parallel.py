@@ -38,6 +38,7 @@ class ParallelReader:
         self.volume = volume
         self._threads = default_threads() if threads is None else threads
         self._pool: ThreadPoolExecutor | None = None
+        self._closed = False
         self._lock = threading.Lock()
 
     def read_into(self, ranges: Iterable[Range]) -> None:
@@ -48,11 +49,12 @@ class ParallelReader:
         """
         wanted = [(offset, buffer) for offset, buffer in ranges if len(buffer)]
         try:
-            if self._threads < 2 or sum(len(buffer) for _, buffer in wanted) < _INLINE_SIZE:
+            pool = self._pool_for(sum(len(buffer) for _, buffer in wanted))
+            if pool is None:
                 for offset, buffer in wanted:
                     self._fill(offset, buffer)
             else:
-                self._fill_in_threads(_pieces(wanted))
+                self._fill_in_threads(pool, _pieces(wanted))
         except BaseException:
             for _, buffer in wanted:
                 buffer[:] = bytes(len(buffer))
@@ -61,6 +63,7 @@ class ParallelReader:
     def close(self) -> None:
         """End the threads."""
         with self._lock:
+            self._closed = True
             if self._pool is not None:
                 self._pool.shutdown(cancel_futures=True)
                 self._pool = None
@@ -73,11 +76,16 @@ class ParallelReader:
         populate(buffer)
         self._fill(offset, buffer)
 
-    def _fill_in_threads(self, pieces: Iterator[Range]) -> None:
+    def _pool_for(self, size: int) -> ThreadPoolExecutor | None:
+        """The threads, where there are to be some and so many bytes are worth it; none after the end."""
+        if self._threads < 2 or size < _INLINE_SIZE:
+            return None
         with self._lock:
-            if self._pool is None:
+            if self._pool is None and not self._closed:
                 self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="encfs-read")
-            pool = self._pool
+            return self._pool
+
+    def _fill_in_threads(self, pool: ThreadPoolExecutor, pieces: Iterator[Range]) -> None:
         waiting: set[Future[None]] = set()
         try:
             for offset, buffer in pieces:

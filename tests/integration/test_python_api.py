@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import trio
 import encfs.aio
 from encfs.api import Artifact
 from encfs.errors import (
+    EncfsError,
     FormatError,
     IntegrityError,
     NotFoundError,
@@ -23,6 +25,7 @@ from encfs.errors import (
     UnsignedError,
     WrongIdError,
 )
+from encfs.format.volume import VolumeReader
 from tests.support.opened import Stored, store_tree
 from tests.support.trees import assert_same, scan_tree
 
@@ -197,6 +200,37 @@ def test_threads_end_with_the_artifact(stored: Stored) -> None:
         artifact.read("large.bin")
         assert threading.active_count() > before
     assert threading.active_count() == before
+
+
+def test_what_is_read_after_the_end_starts_no_threads(stored: Stored) -> None:
+    before = threading.active_count()
+    with stored.open(threads=3) as artifact:
+        pass
+    with pytest.raises(EncfsError):
+        artifact.read("large.bin")
+    assert threading.active_count() == before
+
+
+def test_a_cancelled_read_is_not_waited_for(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a registry does not answer."""
+    released = threading.Event()
+    read = VolumeReader.read_into
+
+    def blocked(volume: VolumeReader, offset: int, buffer: memoryview) -> int:
+        released.wait(30)
+        return read(volume, offset, buffer)
+
+    async def main() -> None:
+        async with await encfs.aio.open(stored.reference, **stored.options) as artifact:
+            monkeypatch.setattr(VolumeReader, "read_into", blocked)
+            with trio.move_on_after(0.2) as scope:
+                await artifact.read("large.bin", 0, 10_000)
+            assert scope.cancelled_caught
+            released.set()
+
+    started = time.monotonic()
+    trio.run(main)
+    assert time.monotonic() - started < 20
 
 
 def test_trio_variant(stored: Stored, tree: Path, tmp_path: Path) -> None:
