@@ -113,7 +113,7 @@ def parse_url(text_: str, directory: Path) -> URL:
         return URL.create("sqlite+pysqlite", database=str(directory / "broker.db"))
     try:
         url = make_url(text_)
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # the latter for ports and addresses
         raise UsageError("the database's URL is malformed", hint=hint) from None
     if url.drivername not in ("postgresql", "postgres", "postgresql+psycopg"):
         raise UsageError(f"databases of the kind {url.drivername[:32]!a} are not supported", hint=hint)

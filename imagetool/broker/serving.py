@@ -65,7 +65,7 @@ def listening(options: ServeOptions) -> Iterator[socket.socket]:
         family, kind, number, _, address = socket.getaddrinfo(
             options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except OSError:
+    except (OSError, UnicodeError):  # the latter for names that no DNS has
         raise UsageError(f"{options.host[:64]!a} is no address to listen on", hint="write HOST:PORT") from None
     with socket.socket(family, kind, number) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from encfs.errors import UsageError
 from encfs.keys.files import create_file
 
 _DAYS = 825
+#: RFC 1123, 2.1, with a wildcard in front.
+_DNS_NAME = re.compile(r"(\*\.)?[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*", re.ASCII)
 
 
 def write_self_signed(names: list[str], certificate: Path, private_key: Path) -> None:
@@ -54,4 +57,6 @@ def _general_name(name: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ip_address(name))
     except ValueError:
+        if not _DNS_NAME.fullmatch(name):
+            raise
         return x509.DNSName(name)

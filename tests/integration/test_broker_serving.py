@@ -439,10 +439,17 @@ def test_what_init_refuses(tmp_path: Path, postgres: Postgres) -> None:
     assert "belongs to a broker already" in again["error"]["message"]
     imagetool("broker", "init", tmp_path / "c", "--database", "mysql://x/y", code=2)
     imagetool("broker", "init", tmp_path / "d", "--cert", "x", code=2)
+    for malformed in ("postgresql://u:hidden@[::1/x", "postgresql://u:hidden@127.0.0.1:port/x"):
+        assert "hidden" not in json.dumps(imagetool("broker", "init", tmp_path / "d", "--database", malformed, code=2))
+    for name in ("", "a b", "a..b", "ü"):
+        imagetool("broker", "init", tmp_path / "d", "--host", name, code=2)
     away = imagetool("broker", "init", tmp_path / "e", "--database", "postgresql://u:hidden@127.0.0.1:1/x", code=6)
     assert "hidden" not in json.dumps(away)
     # Nothing is left of it that stands in the way of the next attempt.
     imagetool("broker", "init", tmp_path / "e")
+    for address in ("\udcff:80", f"{'a' * 300}:80", "nowhere.invalid:80"):
+        imagetool("broker", "serve", tmp_path / "e", "--listen", address, code=2)
+    imagetool("broker", "releases", tmp_path / "e", "--after", str(1 << 64), code=2)
 
 
 # SNP

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from encfs.errors import UsageError
+from encfs.strictjson import MAX_INTEGER
 from encfs.terminal import Terminal
 from imagetool.cli.broker.parts import DirectoryArgument, opened, resource_path
 
@@ -21,7 +22,8 @@ def command(
         typer.Option("--path", metavar="PATH", help="Only what is about this key.", show_default=False),
     ] = None,
     after: Annotated[
-        int, typer.Option("--after", metavar="N", min=0, help="Only entries behind this sequence number.")
+        int,
+        typer.Option("--after", metavar="N", min=0, max=MAX_INTEGER, help="Only entries behind this sequence number."),
     ] = 0,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check the whole chain instead, and print where it ends.")
