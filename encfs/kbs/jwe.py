@@ -5,8 +5,10 @@
 | `ECDH-ES+A256KW` (RFC 7518, 4.6), `epk` in the protected header | P-256, P-384 | 40 bytes |
 | `RSA-OAEP-256` (4.3) | RSA | as long as the modulus |
 
-The protected header is the associated data. `epk` may also stand in the unprotected `header`, where other JOSE
-libraries put it: another one there opens nothing.
+The protected header is the associated data. Clients of Confidential Containers do not take its bytes for that, but
+write anew what they parsed (kbs-types, `ProtectedHeader::generate_aad`): `alg` and `enc` first, then everything else in
+the order of its name, without spaces; so this is how it is written. `epk` may also stand in the unprotected `header`,
+where other JOSE libraries put it: another one there opens nothing.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ def encrypt(content: bytes | bytearray, key: PublicKey) -> dict[str, str]:
     try:
         if isinstance(key.handle, ec.EllipticCurvePublicKey):
             ephemeral = jwk.private_key(ec.generate_private_key(key.handle.curve))
-            header["epk"] = jwk.public_members(ephemeral.public.handle)
+            header["epk"] = dict(sorted(jwk.public_members(ephemeral.public.handle).items()))
             kek = agreed_kek(ephemeral.exchange(key))
             wrapped = aes_key_wrap(kek, cek)
             wipe(kek)

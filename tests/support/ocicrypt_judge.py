@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import base64
-import fcntl
-import hashlib
 import json
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.support.builds import built_program
 
 _SOURCES = Path(__file__).parent / "ocicrypt_judge"
 GO = shutil.which("go")
@@ -58,25 +57,8 @@ class Judge:
 def build_judge() -> Judge:
     """Build it, or take the one that was built of the same sources."""
     assert GO is not None
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(_SOURCES.iterdir()))).hexdigest()[:16]
-    target = Path(tempfile.gettempdir()) / f"encfs-test-ocicrypt-{os.getuid()}-{digest}"
-    target.mkdir(mode=0o700, exist_ok=True)
-    assert target.stat().st_uid == os.getuid()
-    with open(target / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (target / "judge").exists():
-            done = subprocess.run(
-                [GO, "build", "-o", target / "building", "."],
-                cwd=_SOURCES,
-                capture_output=True,
-                text=True,
-                timeout=280,
-                check=False,
-                env=dict(os.environ) | {"GOTOOLCHAIN": "local", "CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly"},
-            )
-            assert done.returncode == 0, done.stderr
-            (target / "building").rename(target / "judge")
-    return Judge(target / "judge")
+    environment = {"GOTOOLCHAIN": "local", "CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly"}
+    return Judge(built_program("ocicrypt", _SOURCES, lambda made: [GO, "build", "-o", made, "."], environment))
 
 
 def _document(annotations: Mapping[str, str], blob: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
 import pytest
@@ -83,3 +84,13 @@ def test_what_came_with_a_key_refuses(binding: KeyBinding, error: type[Exception
 def test_what_it_allows() -> None:
     for binding in (KeyBinding(), KeyBinding(artifact_id="acme/chat", min_version=3, pins=(OTHER, DIGEST))):
         check_binding(binding, content_digest=DIGEST, artifact_id="acme/chat", version=3, key_name="k")
+
+
+def test_the_protected_header_is_as_other_clients_write_it_anew() -> None:
+    key = jwe.session_key()
+    made = jwe.encrypt(b"content", key.public)["protected"]
+    header = json.loads(base64.urlsafe_b64decode(made + "=" * (-len(made) % 4)))
+    assert list(header) == ["alg", "enc", "epk"]
+    assert list(header["epk"]) == sorted(header["epk"])
+    again = json.dumps(header, separators=(",", ":")).encode()
+    assert base64.urlsafe_b64encode(again).rstrip(b"=").decode() == made
