@@ -19,6 +19,8 @@ from encfs.mount.protocol import MAX_REQUEST_LINE, peer
 _PATIENCE = 5.0
 #: Conversations at the same time; further ones wait.
 _CONVERSATIONS = 8
+#: Seconds between attempts to accept a connection.
+_ACCEPT_PAUSE = 1.0
 
 log = logging.getLogger("encfs.mount")
 
@@ -34,8 +36,19 @@ async def serve(server: socket.socket, status: _Status, stop: _Stop) -> None:
         async with trio.open_nursery() as nursery:
             while True:
                 await limit.acquire()
-                connection, _ = await listener.accept()
+                connection = await accept(listener)
                 nursery.start_soon(_converse, connection, status, stop, limit)
+
+
+async def accept(listener: trio.socket.SocketType) -> trio.socket.SocketType:
+    """The next connection. What keeps it from being accepted, such as a lack of descriptors, may pass, and is no reason
+    for the mount to end."""
+    while True:
+        try:
+            return (await listener.accept())[0]
+        except OSError as error:
+            log.warning("a connection cannot be accepted: %s", error.strerror)
+            await trio.sleep(_ACCEPT_PAUSE)
 
 
 async def serve_channel(channel: socket.socket, status: _Status, stop: _Stop) -> None:

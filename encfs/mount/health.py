@@ -10,13 +10,15 @@ import ipaddress
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
 from encfs.errors import MountError, UsageError
+from encfs.mount.control import accept
 
 #: Seconds for one exchange, connections at the same time, bytes of a request's head.
 _PATIENCE = 5.0
@@ -77,15 +79,26 @@ def _listen_unix(path: Path) -> socket.socket:
 
 
 async def serve(server: socket.socket, probes: Probes) -> None:
-    """Answer until cancelled. Owns `server`."""
+    """Answer until cancelled. Owns `server`, and the file of a unix socket."""
     limit = trio.Semaphore(_CONNECTIONS)
     server.setblocking(False)
-    with trio.socket.from_stdlib_socket(server) as listener:
+    with _removed(server), trio.socket.from_stdlib_socket(server) as listener:
         async with trio.open_nursery() as nursery:
             while True:
                 await limit.acquire()
-                connection, _ = await listener.accept()
+                connection = await accept(listener)
                 nursery.start_soon(_exchange, connection, probes, limit)
+
+
+@contextmanager
+def _removed(server: socket.socket) -> Iterator[None]:
+    """At the end, remove the file of a unix socket."""
+    name = server.getsockname() if server.family == socket.AF_UNIX else None
+    try:
+        yield
+    finally:
+        if name is not None:
+            Path(name).unlink(missing_ok=True)
 
 
 async def _exchange(connection: trio.socket.SocketType, probes: Probes, limit: trio.Semaphore) -> None:

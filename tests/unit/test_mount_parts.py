@@ -263,3 +263,34 @@ def test_every_log_file_is_private_and_no_link_is_followed(tmp_path: Path) -> No
     (tmp_path / "link").symlink_to("log")
     with pytest.raises(StorageError), logging_to(tmp_path / "link"):
         pytest.fail("unreachable")
+
+
+# Probes
+
+
+def test_a_lack_of_descriptors_does_not_end_what_answers(tmp_path: Path) -> None:
+    program = """
+import os, resource, socket, sys, trio
+from encfs.mount import health
+path = sys.argv[1]
+server = health.listen_at(f"unix:{path}")
+async def main():
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(health.serve, server, health.Probes(lambda: True, lambda: ""))
+        await trio.sleep(0.1)
+        client = socket.socket(socket.AF_UNIX)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        used = set(map(int, os.listdir("/proc/self/fd")))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(set(range(200)) - used), limits[1]))
+        client.connect(path)
+        client.sendall(b"GET /healthz HTTP/1.1\\r\\n\\r\\n")
+        await trio.sleep(0.5)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        print((await trio.to_thread.run_sync(client.recv, 100)).splitlines()[0].decode())
+        nursery.cancel_scope.cancel()
+trio.run(main)
+"""
+    words = [sys.executable, "-c", program, tmp_path / "socket"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout, done.returncode) == ("HTTP/1.1 200 OK\n", 0), done.stderr
+    assert list(tmp_path.iterdir()) == []
