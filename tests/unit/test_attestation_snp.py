@@ -110,6 +110,12 @@ def test_what_a_policy_asks_must_hold() -> None:
         assert judge(REPORT, VCEK, policy=replace(good, **change)).codes == tuple(code.split(","))  # type: ignore[arg-type]
 
 
+def test_no_signer_and_a_hidden_chip_are_nobodys() -> None:
+    assert VLEK_REPORT[0xE0:0x110] == bytes(48)
+    none = EvidencePolicy(max_vmpl=1, signers=(bytes(48),))
+    assert judge(VLEK_REPORT, VLEK, policy=none).codes == ("signer",)
+
+
 def test_recognised() -> None:
     assert recognise(REPORT) is EvidenceKind.SNP
 
