@@ -4,7 +4,8 @@
     mac  = HMAC-SHA256(log key, hash)
 
 The chain shows what was changed, dropped from its middle or put in; the MAC, under a key that comes from the KEK, that
-an entry was written by a broker. An end that was cut off is seen by whoever kept an earlier `LogHead`.
+an entry was written by a broker. An end that was cut off is seen by whoever kept an earlier `LogHead`, and by itself
+where it reaches back beyond the owner's last change, whose epoch is authenticated apart from the log.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from imagetool.broker.tables import DECISIONS
 from imagetool.broker.vault import Vault
 
 _GENESIS = bytes(32)
+#: Events of the owner's changes, each of which leads to an epoch of its own.
+_BY_OWNER = frozenset({"init", "key-added", "key-removed", "policy-set", "floor-raised"})
 _MAX_ENTRY = 64 << 10
 _PAGE = 1000
 
@@ -93,20 +96,24 @@ def entries(
         after = page[-1].sequence
 
 
-def verify(connection: Connection, vault: Vault, earlier: LogHead | None = None) -> LogHead:
+def verify(connection: Connection, vault: Vault, earlier: LogHead | None = None, *, epoch: int = 0) -> LogHead:
     """Check the whole chain, and that an earlier head is in it; where it ends.
+
+    `epoch` is the state's (`state.py`), looked at before: the owner's change that led to it has to be in the log.
 
     Raises: IntegrityError naming the first entry that is wrong.
     """
-    head = LogHead(0, _GENESIS)
+    head, changed = LogHead(0, _GENESIS), 0
     found = earlier is None or earlier == head
     while True:
         page = connection.execute(
             select(DECISIONS).where(DECISIONS.c.sequence > head.sequence).order_by(DECISIONS.c.sequence).limit(_PAGE)
         ).all()
         for row in page:
-            head = _checked(row.sequence, row.entry, row.hash, row.mac, row.path, row.released, head, vault)
+            head, document = _checked(row.sequence, row.entry, row.hash, row.mac, row.path, row.released, head, vault)
             found = found or head == earlier
+            if document.get("event") in _BY_OWNER and isinstance(number := document.get("epoch"), int):
+                changed = max(changed, number)
         if len(page) < _PAGE:
             break
     if not found:
@@ -114,12 +121,17 @@ def verify(connection: Connection, vault: Vault, earlier: LogHead | None = None)
             f"the log does not hold the earlier head {earlier}: its end was cut off, or it was rewritten",
             hint="compare with a backup or an exported log",
         )
+    if changed < epoch:
+        raise IntegrityError(
+            f"the log ends before the owner's last change (epoch {epoch}): its end was cut off",
+            hint="compare with a backup or an exported log",
+        )
     return head
 
 
 def _checked(
     sequence: int, entry: str, digest: bytes, mac: bytes, path: str, released: int, before: LogHead, vault: Vault
-) -> LogHead:
+) -> tuple[LogHead, dict[str, object]]:
     wrong = IntegrityError(
         f"the log is not as it was written: entry {before.sequence + 1} is missing or altered",
         hint="compare with a backup or an exported log",
@@ -139,4 +151,4 @@ def _checked(
         raise wrong
     if (document.get("event") == "released") != bool(released):
         raise wrong
-    return LogHead(sequence, digest)
+    return LogHead(sequence, digest), document

@@ -237,6 +237,22 @@ def test_an_end_that_was_cut_off_is_seen_by_who_kept_a_head(database: Database, 
             log.verify(connection, vault, head)
 
 
+def test_an_end_beyond_the_owners_last_change_is_seen_by_itself(database: Database, vault: Vault) -> None:
+    with database.transaction() as connection:
+        for number, event in enumerate(("init", "policy-set", "key-added"), start=1):
+            log.append(connection, vault, time=0, event=event, path="", members={"epoch": number})
+        log.append(connection, vault, time=0, event="refused", path=A, members={"epoch": 9})
+    with database.reading() as connection:
+        assert log.verify(connection, vault, epoch=3).sequence == 4
+    for kept, epoch in ((3, 3), (2, 2), (0, 0)):
+        with database.transaction() as connection:
+            connection.execute(delete(DECISIONS).where(DECISIONS.c.sequence > kept))
+        with database.reading() as connection:
+            assert log.verify(connection, vault, epoch=epoch).sequence == kept
+            with pytest.raises(IntegrityError, match=f"epoch {epoch + 1}"):
+                log.verify(connection, vault, epoch=epoch + 1)
+
+
 # The database
 
 

@@ -48,8 +48,9 @@ def command(
 
         if verify:
             earlier = log.parse_head(since) if since is not None else None
+            epoch = broker.load_state().epoch
             with broker.database.reading() as connection:
-                head = log.verify(connection, broker.vault, earlier)
+                head = log.verify(connection, broker.vault, earlier, epoch=epoch)
             terminal.result(
                 {"directory": directory, "entries": head.sequence, "head": str(head)},
                 [f"{head.sequence} entries, each as it was written", f"head  {head}"],
