@@ -20,7 +20,6 @@ TPM binds to the private part; the storage root key's name must be that of the T
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import stat
@@ -86,15 +85,9 @@ class TpmObject:
     def recipient(self) -> PublicKey:
         """The public half of a `key`, to encrypt to. Raises: FormatError where the public area is not that of one."""
         digest = self.policy.digest() if self.policy is not None else b""
-        if self.kind == "key":
-            with contextlib.suppress(FormatError):
-                n = structures.modulus_of_rsa(self.public, structures.rsa_key(digest))
-                if structures.rsa_key(digest, n) == self.public:
-                    return public_key(structures.rsa_public_key(n))
-            x, y = structures.point_of_ecc(self.public)
-            if structures.ecc_key(digest, x, y) == self.public:
-                return public_key(structures.ecc_public_key(x, y), frozenset({Use.ENCRYPT}))
-        raise FormatError("the policy is not that of the key, or the key is of another kind")
+        if self.kind != "key":
+            raise FormatError("it is no private key")
+        return public_key(structures.resident_public_key(self.public, digest), frozenset({Use.ENCRYPT}))
 
     def check(self) -> None:
         """Raises: FormatError unless the public area is what kind and policy come to."""

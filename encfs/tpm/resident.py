@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from tpm2_pytss import (
@@ -30,30 +29,39 @@ from encfs.tpm.policy import Authorization, PcrRequest, check_conditions
 from encfs.tpm.sealing import agreed_policy
 from encfs.tpm.storage import Storage, opened_storage
 
-#: Kinds that TPMs make, as `imagetool keygen --type` names them.
-ResidentKind = Literal["p256", "rsa3072"]
-_COORDINATE_SIZE = 32
-
 
 def create_resident_key(
-    kind: ResidentKind,
+    kind: str,
     request: PcrRequest | None,
     authorization: Authorization | None = None,
     counter_index: int | None = None,
 ) -> TpmObject:
     """A new private key in this machine's TPM, to be used only while the policy is met. Write it to a file.
 
+    `kind` is one of `structures.RESIDENT_KINDS`, as `imagetool keygen --type` names them.
+
     Raises: KeyProviderError where the TPM cannot be used or makes no such key; UsageError without any condition.
     """
     check_conditions(request, authorization)
-    unknown = KeyProviderError(f"this TPM makes no keys of type {kind}", hint="--type p256 is what every TPM 2.0 makes")
     with opened_storage() as storage:
         policy = agreed_policy(storage, request, authorization, counter_index)
         digest = policy.digest()
-        template = structures.ecc_key(digest) if kind == "p256" else structures.rsa_key(digest)
-        with translated(f"make a key of type {kind}", dict.fromkeys(NOT_IMPLEMENTED, unknown)):
-            public, private = storage.create(template)
+        template = structures.resident_key(kind, digest)
+        unknown = KeyProviderError(f"this TPM makes no keys of type {kind}")
+        try:
+            with translated(f"make a key of type {kind}", dict.fromkeys(NOT_IMPLEMENTED, unknown)):
+                public, private = storage.create(template)
+        except KeyProviderError as error:
+            if error is unknown:
+                raise KeyProviderError(error.message, hint=_offered(storage)) from None
+            raise
         return TpmObject("key", storage.root_name, storage.root_handle, public, private, policy)
+
+
+def _offered(storage: Storage) -> str:
+    """The kinds that this TPM says it makes, found out without making one."""
+    found = [kind for kind in structures.RESIDENT_KINDS if storage.makes(structures.resident_key(kind, b""))]
+    return f"it makes {', '.join(found)}" if found else "it makes no private keys of any known type"
 
 
 class ResidentKey:
@@ -78,17 +86,17 @@ class ResidentKey:
     def exchange(self, peer: PublicKey) -> bytes:
         if not isinstance(peer.handle, ec.EllipticCurvePublicKey) or peer.kind is not self.kind:
             raise ValueError("keys of different kinds")
-        numbers = peer.handle.public_numbers()
+        numbers, size = peer.handle.public_numbers(), (peer.handle.key_size + 7) // 8
         point = TPM2B_ECC_POINT(
             point=TPMS_ECC_POINT(
-                x=TPM2B_ECC_PARAMETER(numbers.x.to_bytes(_COORDINATE_SIZE)),
-                y=TPM2B_ECC_PARAMETER(numbers.y.to_bytes(_COORDINATE_SIZE)),
+                x=TPM2B_ECC_PARAMETER(numbers.x.to_bytes(size)),
+                y=TPM2B_ECC_PARAMETER(numbers.y.to_bytes(size)),
             )
         )
         with self._used() as (storage, handle, session), translated("use the key", _unfit(ECC_POINT)):
             shared = storage.tpm.ecdh_zgen(handle, point, session1=session)
         # TPMs may leave out leading zeros.
-        return bytes(shared.point.x).rjust(_COORDINATE_SIZE, b"\0")
+        return bytes(shared.point.x).rjust(size, b"\0")
 
     def decrypt_oaep(self, data: bytes) -> bytes:
         scheme = TPMT_RSA_DECRYPT(scheme=TPM2_ALG.NULL)

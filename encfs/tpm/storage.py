@@ -26,6 +26,7 @@ from tpm2_pytss import (
     TPML_PCR_SELECTION,
     TPMS_SIGNATURE_ECC,
     TPMT_PUBLIC,
+    TPMT_PUBLIC_PARMS,
     TPMT_SIGNATURE,
     TPMT_SYM_DEF,
     TPMU_SIGNATURE,
@@ -33,7 +34,7 @@ from tpm2_pytss import (
 
 from encfs.errors import KeyFileError, KeyProviderError, KeyRefusedError
 from encfs.tpm import structures
-from encfs.tpm.connection import HANDLE, NV_UNINITIALIZED, PCR, VALUE, flushed, opened_tpm, translated
+from encfs.tpm.connection import HANDLE, NOT_IMPLEMENTED, NV_UNINITIALIZED, PCR, VALUE, flushed, opened_tpm, translated
 from encfs.tpm.policy import Approval, Authorization, CounterLimit, PcrValues, Policy, differing
 
 if TYPE_CHECKING:
@@ -107,6 +108,19 @@ class Storage:
             self.root, sensitive, TPM2B_PUBLIC(publicArea=public), session1=self.session()
         )
         return bytes(made.publicArea.marshal()), bytes(private)
+
+    def makes(self, template: bytes) -> bool:
+        """Whether this TPM knows the algorithms and sizes of a template."""
+        public, _ = TPMT_PUBLIC.unmarshal(template)
+        unknown = KeyProviderError("the TPM does not know it")
+        try:
+            with translated("ask what it makes", dict.fromkeys(NOT_IMPLEMENTED, unknown)):
+                self.tpm.test_parms(TPMT_PUBLIC_PARMS(type=public.type, parameters=public.parameters))
+        except KeyProviderError as error:
+            if error is unknown:
+                return False
+            raise
+        return True
 
     @contextmanager
     def loaded(self, found: TpmObject) -> Iterator[ESYS_TR]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
@@ -32,7 +32,15 @@ DIGEST_SIZE = 32
 
 _ALG_RSA, _ALG_AES, _ALG_KEYEDHASH, _ALG_SHA256 = 0x0001, 0x0006, 0x0008, 0x000B
 _ALG_NULL, _ALG_RSASSA, _ALG_OAEP, _ALG_ECDSA, _ALG_ECC, _ALG_CFB = 0x0010, 0x0014, 0x0017, 0x0018, 0x0023, 0x0043
-_CURVE_P256 = 0x0003
+_CURVE_P256, _CURVE_P384 = 0x0003, 0x0004
+
+#: Private keys that are made in a TPM, by their curve (TPM2_ECC_CURVE) or the bits of their modulus.
+RESIDENT_CURVES: Mapping[str, tuple[int, ec.EllipticCurve]] = {
+    "p256": (_CURVE_P256, ec.SECP256R1()),
+    "p384": (_CURVE_P384, ec.SECP384R1()),
+}
+RESIDENT_MODULI: Mapping[str, int] = {"rsa2048": 2048, "rsa3072": 3072}
+RESIDENT_KINDS = (*RESIDENT_CURVES, *RESIDENT_MODULI)
 
 # TPMA_OBJECT (8.3).
 _FIXED = 0x02 | 0x10  # fixedTPM, fixedParent: never leaves this TPM
@@ -85,14 +93,13 @@ def sealed_data(policy: bytes, unique: bytes = b"") -> bytes:
     return _head(_ALG_KEYEDHASH, SEALED_ATTRIBUTES, policy) + _NONE + sized(unique)
 
 
-def ecc_key(policy: bytes, x: bytes = b"", y: bytes = b"") -> bytes:
-    """A P-256 key for ECDH that is used only under `policy`."""
-    return _ecc(KEY_ATTRIBUTES, policy, _NONE, _NONE, x, y)
-
-
-def rsa_key(policy: bytes, n: bytes = b"") -> bytes:
-    """An RSA-3072 key for OAEP with SHA-256 that is used only under `policy`."""
-    return _rsa(KEY_ATTRIBUTES, policy, _OAEP_SHA256, 3072, n)
+def resident_key(kind: str, policy: bytes, *unique: bytes) -> bytes:
+    """A key that is used only under `policy`: for ECDH, or for RSA-OAEP with SHA-256. `unique` is x and y, or n."""
+    if kind in RESIDENT_CURVES:
+        x, y = unique or (b"", b"")
+        return _ecc(KEY_ATTRIBUTES, policy, _NONE, _NONE, x, y, RESIDENT_CURVES[kind][0])
+    (n,) = unique or (b"",)
+    return _rsa(KEY_ATTRIBUTES, policy, _OAEP_SHA256, RESIDENT_MODULI[kind], n)
 
 
 def attestation_key(n: bytes = b"") -> bytes:
@@ -117,16 +124,23 @@ def modulus_of_rsa(public: bytes, template: bytes) -> bytes:
     return _last_fields(public, 1, len(template) - 2)[0]
 
 
-def point_of_ecc(public: bytes) -> tuple[bytes, bytes]:
-    """x and y of an `ecc_key` (big-endian). Raises: FormatError."""
-    x, y = _last_fields(public, 2, len(ecc_key(bytes(DIGEST_SIZE))) - 4)
-    return x, y
+def resident_public_key(public: bytes, policy: bytes) -> ec.EllipticCurvePublicKey | rsa.RSAPublicKey:
+    """The key whose area this is: of some kind of `resident_key`, under `policy`. Raises: FormatError."""
+    for kind in RESIDENT_KINDS:
+        count = 2 if kind in RESIDENT_CURVES else 1
+        try:
+            unique = _last_fields(public, count, len(resident_key(kind, policy)) - 2 * count)
+        except FormatError:
+            continue
+        if resident_key(kind, policy, *unique) == public:
+            return rsa_public_key(unique[0]) if count == 1 else _point(unique, RESIDENT_CURVES[kind][1])
+    raise FormatError("the policy is not that of the key, or the key is of another kind")
 
 
-def ecc_public_key(x: bytes, y: bytes) -> ec.EllipticCurvePublicKey:
-    """Raises: FormatError for a point that is not on the curve."""
+def _point(coordinates: Sequence[bytes], curve: ec.EllipticCurve) -> ec.EllipticCurvePublicKey:
+    x, y = map(int.from_bytes, coordinates)
     try:
-        return ec.EllipticCurvePublicNumbers(int.from_bytes(x), int.from_bytes(y), ec.SECP256R1()).public_key()
+        return ec.EllipticCurvePublicNumbers(x, y, curve).public_key()
     except ValueError:
         raise FormatError("a point is not on its curve") from None
 
@@ -143,8 +157,10 @@ def _head(kind: int, attributes: int, policy: bytes) -> bytes:
     return struct.pack(">HHI", kind, _ALG_SHA256, attributes) + sized(policy)
 
 
-def _ecc(attributes: int, policy: bytes, symmetric: bytes, scheme: bytes, x: bytes, y: bytes) -> bytes:
-    parameters = symmetric + scheme + struct.pack(">H", _CURVE_P256) + _NONE
+def _ecc(
+    attributes: int, policy: bytes, symmetric: bytes, scheme: bytes, x: bytes, y: bytes, curve: int = _CURVE_P256
+) -> bytes:
+    parameters = symmetric + scheme + struct.pack(">H", curve) + _NONE
     return _head(_ALG_ECC, attributes, policy) + parameters + sized(x) + sized(y)
 
 

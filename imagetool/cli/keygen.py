@@ -9,7 +9,7 @@ import typer
 from encfs.terminal import Terminal
 from encfs.tpmoptions import TpmPolicyOptions, policy_lines, warn_of_policy
 
-KeyType = Literal["x25519", "p256", "p384", "rsa3072", "ed25519", "mldsa65", "mlkem768x25519", "oct"]
+KeyType = Literal["x25519", "p256", "p384", "rsa2048", "rsa3072", "ed25519", "mldsa65", "mlkem768x25519", "oct"]
 
 
 def command(
@@ -36,7 +36,10 @@ def command(
         ),
     ] = None,
     tpm2: Annotated[
-        bool, typer.Option("--tpm2", help="A p256 or rsa3072 key in this machine's TPM, which it never leaves.")
+        bool,
+        typer.Option(
+            "--tpm2", help="A key in this machine's TPM, which it never leaves: p256, p384, rsa2048, rsa3072."
+        ),
     ] = False,
 ) -> None:
     """Make a key. Existing files are never overwritten."""
@@ -53,6 +56,8 @@ def command(
 
     protect_keys()
     kind = kind or "x25519"
+    if kind == "rsa2048":
+        raise UsageError("rsa2048 is for keys in a TPM", hint="--type rsa3072, or --tpm2")
     key = generate_key(kind)
     private, public = write_key_files(key, output)
     lines = [f"private key  {private}  (keep it secret)"]
@@ -77,9 +82,10 @@ def _in_tpm(terminal: Terminal, output: str, options: TpmPolicyOptions, kind: Ke
     from encfs.keys.files import write_public_key
     from encfs.tpm.availability import require_library
     from encfs.tpm.keyfile import policy_document, write_object
+    from encfs.tpm.structures import RESIDENT_KINDS
 
-    if kind not in ("p256", "rsa3072"):
-        raise UsageError(f"a TPM makes no keys of type {kind}", hint="--type p256 or rsa3072")
+    if kind not in RESIDENT_KINDS:
+        raise UsageError(f"a TPM makes no keys of type {kind}", hint=f"--type {', '.join(RESIDENT_KINDS)}")
     conditions = options.conditions()
     require_library()
     from encfs.tpm.resident import create_resident_key

@@ -15,6 +15,7 @@ from encfs.keys import jwk
 from encfs.keys.files import load_recipient_key
 from encfs.keys.keyring import create_keyring, parse_keyring
 from encfs.keys.providers.tpm2 import Tpm2Provider
+from encfs.tpm import structures
 from encfs.tpm.keyfile import load_object
 from encfs.tpm.resident import ResidentKey
 from tests.integration.test_tpm_sealing import ok, refused
@@ -23,6 +24,23 @@ from tests.support.tpm import SoftwareTpm, software_tpm, tpm
 __all__ = ["tpm"]
 
 DIGEST = "sha256:" + "5a" * 32
+
+
+@pytest.mark.parametrize("kind", structures.RESIDENT_KINDS)
+def test_a_shared_secret_or_key_of_every_kind(
+    tpm: SoftwareTpm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ok("imagetool", "keygen", "-o", "one.tpm", "--tpm2", "--type", kind, "--tpm2-pcrs", "sha256:7")
+    assert opened("one.tpm", "one.tpm.pub") == b"secret"
+    # A file under the name of another kind is none.
+    document = json.loads(Path("one.tpm").read_text())
+    public = bytearray(base64.b64decode(document["public"]))
+    public[-1] ^= 1
+    Path("two.tpm").write_text(json.dumps(document | {"public": b64_encode(bytes(public))}))
+    Path("two.tpm").chmod(0o600)
+    with pytest.raises((KeyFileError, KeyProviderError, WrongKeyError)):
+        opened("two.tpm", "one.tpm.pub")
 
 
 @pytest.fixture
@@ -41,7 +59,7 @@ def opened(path: str = "machine.tpm", recipient: str = "machine.tpm.pub") -> byt
     return bytes(parse_keyring(keyring, DIGEST).open([Tpm2Provider(path)]))
 
 
-@pytest.mark.parametrize("kind", ["p256", "rsa3072"])
+@pytest.mark.parametrize("kind", ["p256", "p384", "rsa2048", "rsa3072"])
 def test_an_artifact_for_a_machine(
     tpm: SoftwareTpm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -146,11 +164,22 @@ def test_a_changed_file(place: Path) -> None:
         attempt(private=b64_encode(private[:-1] + bytes([private[-1] ^ 1])))
 
 
+def test_a_kind_that_the_tpm_does_not_make(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # This TPM makes RSA keys up to 3072 bits, and knows no curve of that number.
+    monkeypatch.setattr(structures, "RESIDENT_MODULI", {"rsa2048": 2048, "rsa3072": 4096, "rsa1": 1}, raising=True)
+    monkeypatch.setattr(structures, "RESIDENT_KINDS", ("p256", "rsa2048", "rsa3072", "rsa1"))
+    keygen = ("imagetool", "keygen", "-o", "x", "--tpm2", "--tpm2-pcrs", "sha256:7")
+    message = refused(KeyProviderError, *keygen, "--type", "rsa3072")
+    assert message.endswith("this TPM makes no keys of type rsa3072; it makes p256, rsa2048")
+    assert not Path("x").exists()
+
+
 def test_what_cannot_be_asked_for(place: Path) -> None:
     keygen = ("imagetool", "keygen", "-o", "x")
     refused(UsageError, *keygen, "--tpm2")
     refused(UsageError, *keygen, "--tpm2", "--type", "oct", "--tpm2-pcrs", "sha256:7")
     refused(UsageError, *keygen, "--tpm2-pcrs", "sha256:7")
+    assert "rsa2048 is for keys in a TPM" in refused(UsageError, *keygen, "--type", "rsa2048")
     assert not Path("x").exists()
     refused(ConflictError, "imagetool", "keygen", "-o", "machine.tpm", "--tpm2", "--tpm2-pcrs", "sha256:7")
     Path("x.pub").touch()

@@ -22,6 +22,7 @@ from encfs.format.frames import DEFAULT_FRAME_SIZE
 from encfs.format.writer import DEFAULT_SEGMENT_SIZE
 from encfs.keys.jwk import GENERATED_TYPES
 from encfs.terminal import INTERNAL_ERROR_EXIT_CODE, Settings, Terminal
+from encfs.tpm.structures import RESIDENT_KINDS
 from encfs.units import format_size
 from imagetool.cli.keygen import KeyType
 from imagetool.pipeline.encrypt import LARGE_FRAME_SIZE
@@ -156,7 +157,7 @@ def test_help_is_short_and_says_the_defaults() -> None:
 
 
 def test_key_types_are_those_of_the_library() -> None:
-    assert KeyType.__args__ == GENERATED_TYPES  # type: ignore[attr-defined]
+    assert set(KeyType.__args__) == {*GENERATED_TYPES, *RESIDENT_KINDS}  # type: ignore[attr-defined]
 
 
 def run(program: str, *words: str) -> subprocess.CompletedProcess[str]:
