@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
+from encfs.commandvalues import Command, Group
 from encfs.errors import UsageError
 from encfs.hardening import forbid_core_files
 from encfs.terminal import ProgressMode, Settings, Terminal, run, translated_errors
@@ -61,6 +62,7 @@ def application(program: str, about: str) -> typer.Typer:
     """An empty program with the options that come before the command."""
     app = typer.Typer(
         name=program,
+        cls=Group,
         help=about,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
@@ -88,7 +90,7 @@ def _options(
 
 def add_command(app: typer.Typer, name: str, function: Callable[..., None]) -> None:
     """Declare a command. The function's docstring is its help."""
-    app.command(name)(_expanded(function))
+    app.command(name, cls=Command)(_expanded(function))
 
 
 def add_module(app: typer.Typer, module: ModuleType) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from encfs.artifact import Artifact
 from encfs.oci.counters import TransferCounters
 from encfs.oci.lanes import Lanes
-from encfs.oci.layout import Layout
+from encfs.oci.layoutsource import LayoutSource
 from encfs.prefetching import Prefetch, Selection
 
 
@@ -44,7 +44,7 @@ def companion_for(artifact: Artifact, selection: Selection, *, rate: int | None 
     """What works beside the mount of `artifact`. Raises: UsageError, as `Prefetch`."""
     prefetch = Prefetch(artifact, selection, rate=rate)
     source = artifact.source
-    if not isinstance(source, Layout):
+    if not isinstance(source, LayoutSource):
         # The registry's client takes a while to load, and layouts do without it.
         from encfs.oci.cached import CachedSource
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import rsa
-from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
 from encfs.encoding import b64_decode
 from encfs.errors import ConflictError, FormatError, KeyFileError, NotFoundError, StorageError
@@ -265,6 +264,8 @@ def _from_pem(content: bytes | bytearray) -> Key:
 
 
 def _supported_public(content: bytes | bytearray) -> PublicHandle:
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
     handle = load_pem_public_key(bytes(content))
     if not isinstance(handle, PublicHandle):
         raise KeyFileError(f"is of an unsupported type ({type(handle).__name__})")
@@ -272,6 +273,8 @@ def _supported_public(content: bytes | bytearray) -> PublicHandle:
 
 
 def _supported_private(content: bytes | bytearray) -> PrivateHandle:
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
     # Size and exponent are looked at before the primes are proved, which takes seconds for large keys.
     handle = load_pem_private_key(bytes(content), None, unsafe_skip_rsa_key_validation=True)
     if isinstance(handle, rsa.RSAPrivateKey):

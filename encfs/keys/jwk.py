@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, hpke
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, mldsa, mlkem, padding, rsa, x25519
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from encfs.encoding import b64url_encode
 from encfs.errors import KeyFileError
@@ -313,6 +312,9 @@ def public_members(handle: PublicHandle) -> dict[str, str]:
         case ed25519.Ed25519PublicKey():
             return {"kty": "OKP", "crv": "Ed25519", "x": b64url_encode(handle.public_bytes_raw())}
         case ec.EllipticCurvePublicKey():
+            # Imported here: it brings formats along (OpenSSH's) that take longer to load than all keys.
+            from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
             crv, size = {CURVES[name][0]: (name, CURVES[name][2]) for name in CURVES}[_curve_kind(handle.curve)]
             point = handle.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
             x, y = point[1 : 1 + size], point[1 + size :]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from encfs.errors import AuthenticationError, FormatError, StorageError, TransportError, UnsupportedError
 from encfs.oci.blobs import MAX_MANIFEST_SIZE, Descriptor, RawManifest
@@ -17,13 +18,15 @@ from encfs.oci.cachedblob import CachedBlob
 from encfs.oci.counters import TransferCounters
 from encfs.oci.fetcher import Fetcher
 from encfs.oci.fetching import FetchingBlob
-from encfs.oci.mirrors import behind_mirrors
 from encfs.oci.options import StoreOptions, default_cache_dir
 from encfs.oci.reference import DEFAULT_TAG, Reference
 from encfs.oci.referrers import INDEX_TYPE
 from encfs.oci.registry import MANIFEST_TYPE, Registry
 from encfs.oci.remote import RangeBlob
 from encfs.strictjson import loads_object
+
+if TYPE_CHECKING:
+    from encfs.oci.mirrors import Upstream
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +44,12 @@ class CachedSource:
         #: What was transferred, by mirrors as well.
         self.counters: TransferCounters = self.origin.client.counters
         #: The same, its mirrors asked first.
-        self._upstream = behind_mirrors(self.origin)
+        self._upstream: Upstream = self.origin
+        if self.options.mirrors:
+            # Imported here: most have none, and to load it takes time before the first byte.
+            from encfs.oci.mirrors import MirroredRegistry
+
+            self._upstream = MirroredRegistry(self.origin)
         self.fetcher = Fetcher(self.options.concurrency, self.options.io_timeout, self.counters)
 
     def __str__(self) -> str:

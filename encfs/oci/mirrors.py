@@ -97,11 +97,6 @@ class Upstream(Protocol):
     def close(self) -> None: ...
 
 
-def behind_mirrors(origin: Registry) -> Upstream:
-    """The registry behind the mirrors that its options name; itself if there are none. Raises: UsageError."""
-    return MirroredRegistry(origin) if origin.options.mirrors else origin
-
-
 class _Place:
     """A mirror, or the registry itself, as a place to read from, and what is known of it. Thread-safe."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from encfs.errors import UnsupportedError, UsageError
-from encfs.oci.layout import Layout
 from encfs.oci.options import StoreOptions
 from encfs.oci.reference import Reference
 
@@ -15,14 +14,16 @@ if TYPE_CHECKING:
 
 def open_source(reference: Reference, options: StoreOptions | None = None) -> BlobSource:
     """The store to read a reference from. Raises: UsageError, UnsupportedError, what opening the store raises."""
+    # Stores are imported here: a mount of a local layout needs no HTTP, and one from a registry no layout.
     if reference.transport == "oci":
+        from encfs.oci.layout import Layout
+
         return Layout(reference.path, tag=reference.tag, digest=reference.digest)
     if reference.transport == "oci-archive":
         from encfs.oci.layoutarchive import LayoutArchive
 
         return LayoutArchive(reference.path, tag=reference.tag, digest=reference.digest)
     if reference.transport == "docker":
-        # Imported here: a mount of a local layout needs no HTTP.
         from encfs.oci.cached import CachedSource
 
         return CachedSource(reference, options)
@@ -37,6 +38,8 @@ def open_sink(reference: Reference, options: StoreOptions | None = None) -> Blob
     if reference.digest is not None:
         raise UsageError(f"{reference}: a digest cannot be written to", hint="name a tag")
     if reference.transport == "oci":
+        from encfs.oci.layout import Layout
+
         return Layout(reference.path, tag=reference.tag, create=True)
     if reference.transport == "oci-archive":
         from encfs.oci.layoutarchive import ArchiveSink

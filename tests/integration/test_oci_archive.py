@@ -153,7 +153,7 @@ def test_what_is_no_archive_of_a_layout_is_refused(shell: Shell) -> None:
     refused(UnsupportedError, gzip.compress(content), "compressed with gzip")
     refused(SourceError, content[:300], "cut short")
     refused(FormatError, content[:700], "no index.json")
-    refused(NotFoundError, content[:3000], "has no blob")
+    refused(NotFoundError, content[:2048], "has no blob")
     refused(SourceError, b"no tar archive" * 100, "header")
     refused(FormatError, archive({"manifest.json": b"[]"}), "it has no oci-layout")
     refused(FormatError, archive({"oci-layout": b'{"imageLayoutVersion":"1.0.0"}'}), "it has no index.json")
