@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -37,6 +38,8 @@ _WORKERS = 4
 #: Requests that may wait; more are turned away.
 _MAX_CONCURRENT = 64
 _GRACE = 5.0
+#: Seconds to see whether anything listens at a socket.
+_LOOK_TIMEOUT = 1.0
 
 
 @contextmanager
@@ -117,8 +120,13 @@ def _remove_socket(path: str) -> None:
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise ConflictError(f"{path} exists and is no socket")
+        with socket.socket(socket.AF_UNIX) as looking:
+            looking.settimeout(_LOOK_TIMEOUT)
+            looking.connect(path)
+        raise ConflictError(f"something is serving at {path}", hint="stop that first, or choose another path")
+    except ConnectionRefusedError:
         os.unlink(path)
     except FileNotFoundError:
         return
     except OSError as error:
-        raise StorageError(f"{path}: {error.strerror}") from None
+        raise StorageError(f"{path}: {error.strerror or error}") from None

@@ -235,6 +235,16 @@ def serving(place: Path, name: str, address: str) -> Iterator[str]:
 def test_our_server_on_a_socket(place: Path) -> None:
     with serving(place, "grpc", f"unix:{place / 'grpc.sock'}"):
         assert (place / "grpc.sock").stat().st_mode & 0o777 == 0o600
+        second = (
+            "imagetool",
+            "ocicrypt",
+            "keyprovider",
+            "--kek",
+            f"{KID}=kek",
+            "--grpc",
+            f"unix:{place / 'grpc.sock'}",
+        )
+        assert "something is serving" in run(place, *second, code=4)
         there_and_back(place, f"provider:grpc:keyid={KID}", "provider:grpc")
         with pytest.raises(KeyProviderError, match="keyprovider:grpc failed with NOT_FOUND: there is no key"):
             KeyService("grpc", b"keyid=kbs:///no/such/key").wrap(b'{"a":1}')
