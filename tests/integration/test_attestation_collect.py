@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import http.server
 import json
 import threading
@@ -28,6 +29,7 @@ from encfs.webclient import Address
 from tests.integration.test_tpm_quote import persistent_ak
 from tests.integration.test_tpm_sealing import ok, refused
 from tests.support.documented import assert_as_documented
+from tests.support.occlum import LibraryOs
 from tests.support.sev_guest import Firmware, certificate_table
 from tests.support.tpm import SoftwareTpm, tpm
 from tests.support.tsm import Provider, serving
@@ -46,7 +48,7 @@ NOW = datetime(2025, 6, 20, tzinfo=UTC)
 @pytest.fixture
 def nowhere(tmp_path: Path) -> Machine:
     """A machine that has nothing."""
-    return Machine(*(tmp_path / name for name in ("tsm", "sev-guest", "gramine", "chassis")))
+    return Machine(*(tmp_path / name for name in ("tsm", "sev-guest", "gramine", "occlum", "chassis")))
 
 
 def test_snp_through_configfs(nowhere: Machine) -> None:
@@ -111,6 +113,55 @@ def test_gramine(nowhere: Machine, tmp_path: Path) -> None:
     (root / "attestation_type").write_text("none\n")
     with pytest.raises(AttestationError, match="remote_attestation = 'none'"):
         source.collect(DATA)
+
+
+def test_occlum(nowhere: Machine, tmp_path: Path) -> None:
+    (tmp_path / "occlum").touch()
+    enclave = LibraryOs(SGX, 48 + 320)
+    source = evidence_source(machine=replace(nowhere, ioctl=enclave.ioctl))
+    assert source.tee == "sgx"
+    evidence = source.collect(DATA)
+    assert enclave.requests == [0x80047307, 0xC0187308]
+    assert parse_quote(evidence.content).body["report_data"] == DATA.ljust(64, b"\0")
+    # With the report data that was signed it verifies, over the protocol's form too; with another it does not.
+    signed = parse_quote(SGX).body["report_data"]
+    policy = EvidencePolicy(allow_missing_collateral=True)
+    for data, codes in ((signed, ()), (DATA, ("signature",))):
+        form = to_kbs_evidence(source.collect(data))
+        assert verify_evidence(from_kbs_evidence("sgx", form), policy, now=NOW).codes == codes
+    # What Occlum's own example gave: a debug enclave.
+    example = LibraryOs((FIXTURES / "sgx" / "quote-occlum.dat").read_bytes(), 48 + 320)
+    found = evidence_source("sgx", machine=replace(nowhere, ioctl=example.ioctl)).collect(DATA)
+    assert "debug" in verify_evidence(found, policy, now=NOW).codes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"says": 0}, "a quote has 0 bytes"),
+        ({"says": 1 << 31}, "a quote has 2147483648 bytes"),
+        ({"says": 100}, "Occlum gives no quote: Invalid argument"),
+        ({"wrote": len(SGX) + 1}, "longer than its buffer"),
+        ({"wrote": 40}, "no SGX quote"),
+        ({"error": errno.ENOTTY}, "Occlum gives no quote: Inappropriate ioctl"),
+    ],
+)
+def test_an_occlum_that_misbehaves(nowhere: Machine, tmp_path: Path, changes: dict[str, int], message: str) -> None:
+    (tmp_path / "occlum").touch()
+    enclave = LibraryOs(SGX, 48 + 320, **changes)
+    with pytest.raises(AttestationError, match=message):
+        evidence_source("sgx", machine=replace(nowhere, ioctl=enclave.ioctl)).collect(DATA)
+
+
+def test_a_device_of_that_name_that_is_not_occlums(nowhere: Machine, tmp_path: Path) -> None:
+    # A driver's directory; and a real file, through the real ioctl.
+    (tmp_path / "occlum").mkdir()
+    with pytest.raises(AttestationError, match="no TEE"):
+        evidence_source(machine=nowhere)
+    (tmp_path / "occlum").rmdir()
+    (tmp_path / "occlum").touch()
+    with pytest.raises(AttestationError, match="Occlum gives no quote: Inappropriate ioctl"):
+        evidence_source(machine=nowhere).collect(DATA)
 
 
 class _MetadataService(http.server.BaseHTTPRequestHandler):

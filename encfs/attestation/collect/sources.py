@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from encfs.attestation.collect import gramine, sev_guest, tsm
+from encfs.attestation.collect import gramine, occlum, sev_guest, tsm
 from encfs.attestation.collect.sev_guest import Ioctl
 from encfs.attestation.evidence import Evidence, EvidenceKind
 from encfs.attestation.kbs import TEE_NAMES
@@ -34,6 +34,7 @@ class Machine:
     tsm: Path = tsm.ROOT
     sev_guest: Path = sev_guest.DEVICE
     gramine: Path = gramine.ROOT
+    occlum: Path = occlum.DEVICE
     chassis: Path = Path("/sys/class/dmi/id/chassis_asset_tag")
     #: The TPM's directory of securityfs, with the firmware's event log.
     tpm_logs: Path = Path("/sys/kernel/security/tpm0")
@@ -125,6 +126,7 @@ def unavailable(machine: Machine = THIS_MACHINE) -> str | None:
         tsm.problem(machine.tsm),
         sev_guest.device_problem(machine.sev_guest),
         gramine.problem(machine.gramine),
+        occlum.problem(machine.occlum),
         tpm_problem(),
     ]
     return None if None in problems else "no TEE and no TPM: " + "; ".join(filter(None, problems))
@@ -142,6 +144,10 @@ def _look_for_gramine(machine: Machine) -> EvidenceKind | str:
     return gramine.problem(machine.gramine) or EvidenceKind.SGX
 
 
+def _look_for_occlum(machine: Machine) -> EvidenceKind | str:
+    return occlum.problem(machine.occlum) or EvidenceKind.SGX
+
+
 def _look_for_azure(machine: Machine) -> EvidenceKind | str:
     from encfs.attestation.collect import azure
 
@@ -157,6 +163,7 @@ _AUTOMATIC: tuple[Callable[[Machine], EvidenceKind | str], ...] = (
     _look_for_tsm,
     _look_for_sev_guest,
     _look_for_gramine,
+    _look_for_occlum,
     _look_for_azure,
 )
 
@@ -182,6 +189,9 @@ def _tdx(report_data: bytes, machine: Machine) -> Evidence:
 
 
 def _sgx(report_data: bytes, machine: Machine) -> Evidence:
+    # Gramine says itself what is wrong where neither is there.
+    if gramine.problem(machine.gramine) is not None and occlum.problem(machine.occlum) is None:
+        return occlum.collect_quote(_padded(report_data), device=machine.occlum, ioctl=machine.ioctl)
     return gramine.collect_quote(_padded(report_data), root=machine.gramine)
 
 
