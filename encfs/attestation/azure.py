@@ -157,8 +157,9 @@ def check_azure(
 ) -> None:
     """The whole chain. Raises: FormatError for malformed parts."""
     digest = hashlib.sha256(evidence.report.runtime_data).digest()
-    # What the policy says of fresh data and PCRs is about the quote, the rest about the hardware.
-    hardware = replace(policy, pcrs={}, report_data=None)
+    # What the policy says of fresh data and PCRs is about the quote, the rest about the hardware. The report has to be
+    # the paravisor's, at VMPL 0 whatever else may ask: what runs above it could vouch for a TPM of its own.
+    hardware = replace(policy, pcrs={}, report_data=None, max_vmpl=0)
     if evidence.report.kind is EvidenceKind.AZURE_SNP_VTPM:
         report = snp.parse_report(evidence.report.hardware_report)
         certificates = evidence.certificates + endorsements.certificates

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import struct
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from cryptography.hazmat.primitives.hashes import SHA256
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from encfs.attestation import amd
 from encfs.attestation.azure import parse_hcl_report
 from encfs.attestation.evidence import Endorsements, EvidenceKind
 from encfs.attestation.policy import EvidencePolicy
 from encfs.attestation.verdict import Verdict
 from encfs.attestation.verify import recognise, verify_evidence
-from encfs.encoding import parse_b64_urlsafe
+from encfs.encoding import b64url_encode, parse_b64_urlsafe
 from encfs.errors import FormatError
+from tests.support.snpchip import MEASUREMENT, SnpChip, trust_authority
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "evidence" / "azure"
 NOW = datetime(2025, 6, 20, tzinfo=UTC)
@@ -161,3 +167,49 @@ def test_a_report_cut_short(size: int) -> None:
 def test_malformed_evidence(document: dict[str, Any]) -> None:
     with pytest.raises(FormatError):
         judge(document)
+
+
+def forged(chip: SnpChip, **fields: Any) -> bytes:
+    """Evidence of somebody with a chip: a report of his own about a TPM that he is himself, with PCRs as he likes."""
+    key = rsa.generate_private_key(65537, 2048)
+    numbers = key.public_key().public_numbers()
+    jwk = {"kid": "HCLAkPub", "kty": "RSA", "n": b64url_encode(numbers.n.to_bytes(256)), "e": "AQAB"}
+    runtime = json.dumps({"keys": [jwk]}).encode()
+    report = chip.report(hashlib.sha256(runtime).digest(), **fields)
+    header = struct.pack("<IIIII", 20 + len(runtime), 1, 2, 1, len(runtime))
+    pcrs = [bytes(31) + bytes([index]) for index in range(24)]
+    quoted = hashlib.sha256(b"".join(pcrs)).digest()
+    message = bytes.fromhex("ff5443478018") + bytes(2) + bytes([0, 9]) + b"challenge" + bytes(17 + 8)
+    message += bytes.fromhex("00000001000b03ffffff0020") + quoted
+    quote = {
+        "message": message.hex(),
+        "signature": key.sign(message, padding.PKCS1v15(), SHA256()).hex(),
+        "pcrs": [value.hex() for value in pcrs],
+    }
+    hcl = b"HCLA" + bytes(28) + report + header + runtime
+    document = {"version": 1, "tpm_quote": quote, "hcl_report": encoded(hcl), "vcek": encoded(chip.vcek)}
+    return json.dumps(document).encode()
+
+
+def encoded(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode()
+
+
+def test_who_has_the_hardware_does_not_have_the_paravisor(monkeypatch: pytest.MonkeyPatch) -> None:
+    chip = SnpChip()
+    monkeypatch.setattr(amd, "_issuers", amd._issuers)
+    trust_authority(chip.authority)
+    amd._endorsement_key.cache_clear()
+    wanted = replace(CHALLENGE, pcrs={7: (bytes(31) + b"\7",)})
+    now = datetime.now(UTC)
+
+    def codes(policy: EvidencePolicy, **fields: Any) -> tuple[str, ...]:
+        return verify_evidence(forged(chip, **fields), policy, now=now).codes
+
+    # Nothing is wrong with it but whose it is.
+    assert codes(replace(wanted, measurements=(MEASUREMENT,))) == ()
+    assert codes(wanted) == ("measurement",)
+    assert codes(replace(wanted, measurements=(MEASUREMENT,)), measurement=bytes(48)) == ("measurement",)
+    # What runs above the paravisor asked for it.
+    assert codes(replace(wanted, measurements=(MEASUREMENT,), max_vmpl=3), vmpl=2) == ("vmpl",)
+    amd._endorsement_key.cache_clear()
