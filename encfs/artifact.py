@@ -87,6 +87,10 @@ class Artifact:
     source: BlobSource = field(repr=False)
     #: URI of the key provider that opened it.
     key_uri: str = ""
+    #: `sha256:<hex>` of the manifest that it was opened by.
+    manifest_digest: str = ""
+    #: Where a mount goes on with what its reference does not name any more: what it names by now.
+    superseded_by: str = ""
 
     @property
     def content_digest(self) -> str:
@@ -159,7 +163,12 @@ def open_artifact(
     except BaseException:
         source.close()
         raise
-    return Artifact(loaded.content, payload, origin, volumes, source, opened_by[-1])
+    return Artifact(loaded.content, payload, origin, volumes, source, opened_by[-1], loaded.manifest.digest)
+
+
+def content_digest_of(manifest: RawManifest) -> str:
+    """The content digest that an artifact's manifest claims; nothing is opened for it. Raises: as `parse_manifest`."""
+    return parse_manifest(manifest.content).config.digest
 
 
 def open_payload(

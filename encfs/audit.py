@@ -9,7 +9,7 @@ from encfs.artifact import Artifact
 
 def audit_of(artifact: Artifact, reference: str) -> Mapping[str, object]:
     """Members of the audit line. The key's URI names a secret and holds none."""
-    return {
+    members = {
         "event": "mount",
         "reference": reference,
         "content_digest": artifact.content_digest,
@@ -19,3 +19,4 @@ def audit_of(artifact: Artifact, reference: str) -> Mapping[str, object]:
         "signer": artifact.origin.signer,
         "pinned": artifact.origin.pinned,
     }
+    return members | ({"superseded_by": artifact.superseded_by} if artifact.superseded_by else {})

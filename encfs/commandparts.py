@@ -18,6 +18,7 @@ from encfs.terminal import Terminal
 
 if TYPE_CHECKING:
     from encfs.artifact import Artifact
+    from encfs.image.artifact import Served
     from encfs.image.manifest import Platform
     from encfs.keys.providers import KeyProvider
     from encfs.oci.blobs import BlobSource
@@ -285,26 +286,32 @@ def opened_artifact(
     platform: str | None = None,
     auxiliary: bool = False,
     meanwhile: str | None = None,
+    served: Served | None = None,
 ) -> Iterator[Artifact]:
     """An accepted and unwrapped artifact, closed at the end; warns of what its origin leaves open.
 
     `memory` is the plaintext that each volume may keep (bytes); `platform` chooses in an image index; `auxiliary` opens
     the volumes, too, that only going back to an image needs; `meanwhile` is a module to load while the store is waited
-    for. An image that was asked for by its platform, or chosen by this machine's, is of that platform: its config says
-    so.
+    for; `served` is what has to be gone on with (`choose_served`), whatever the reference names by now. An image that
+    was asked for by its platform, or chosen by this machine's, is of that platform: its config says so.
     Raises: as `encfs.artifact.open_artifact`; UnsupportedError for an image of another platform.
     """
     from encfs.artifact import open_artifact
     from encfs.deferred import loaded_meanwhile
     from encfs.format.volume import DEFAULT_CACHE_SIZE
-    from encfs.image.artifact import check_image_platform, choose_manifest, is_needed
+    from encfs.image.artifact import check_image_platform, choose_manifest, choose_served, is_needed
 
     policy = trust.policy() if isinstance(trust, TrustOptions) else trust
     wanted = chosen_platform(platform)
     with keys.providers() as providers, opened_source(reference, registry) as source, ExitStack() as stack:
         with loaded_meanwhile(meanwhile) if meanwhile is not None else nullcontext():
-            document = source.document()
-            manifest = choose_manifest(source, document, wanted)
+            if served is None:
+                document = source.document()
+                manifest = choose_manifest(source, document, wanted)
+                by_platform, superseded_by = manifest is not document, ""
+            else:
+                manifest, superseded_by = choose_served(source, wanted, served)
+                by_platform = True
             artifact = stack.enter_context(
                 open_artifact(
                     source,
@@ -317,10 +324,12 @@ def opened_artifact(
                 )
             )
         # An index is signed by nobody: what it says of platforms has to be what the image says.
-        if platform is not None or manifest is not document:
+        if platform is not None or by_platform:
             check_image_platform(artifact, wanted)
         warn_of_origin(terminal, artifact.origin)
-        yield artifact
+        if superseded_by:
+            terminal.warn(f"{reference} names {superseded_by} now; {artifact.content_digest} is served on")
+        yield replace(artifact, superseded_by=superseded_by)
 
 
 def chosen_platform(text: str | None) -> Platform:

@@ -232,6 +232,9 @@ class _LogHandler(logging.Handler):
             self._terminal.alarm(text)
         elif record.levelno >= logging.WARNING:
             self._terminal.warn(text)
+        elif record.levelno >= logging.INFO:
+            # Only with --verbose, or of a service, which lets such lines through (`encfs.mount.logs`).
+            self._terminal.note(text)
         else:
             self._terminal.detail(text)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -23,21 +22,27 @@ def command(
     daemon_user: Annotated[
         int, typer.Option("--daemon-user", metavar="UID", min=0, help="The user that daemons in pods run as.")
     ] = 65534,
+    log_format: Annotated[
+        Literal["text", "json"],
+        typer.Option("--log-format", metavar="text|json", help="How it logs.", show_choices=False),
+    ] = "text",
 ) -> None:
     """Mount volumes for daemons in pods (CSI, on the node).
 
     Their FUSE descriptors are handed over to the daemons. It needs the extra csi, and root. It has no key, and
     decides nothing about trust.
     """
+    from encfs.mount.logs import logging_to
+
     try:
         from encfs.csi.node import Node, start
     except ImportError:
         raise UnsupportedError("grpcio is not installed", hint="pip install 'encfs[csi]'") from None
-    logging.getLogger("encfs").setLevel(logging.INFO)
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    server = start(Node(node_id, Path(kubelet), daemon_user), endpoint)
-    terminal.result({"endpoint": endpoint}, [f"serving CSI at {endpoint}"])
-    terminal.flush()
-    signal.sigwait(signals)
-    server.stop(5).wait()
+    with logging_to(None, log_format):
+        server = start(Node(node_id, Path(kubelet), daemon_user), endpoint)
+        terminal.result({"endpoint": endpoint}, [f"serving CSI at {endpoint}"])
+        terminal.flush()
+        signal.sigwait(signals)
+        server.stop(5).wait()

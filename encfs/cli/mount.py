@@ -173,6 +173,7 @@ def command(
                 memory=memory,
                 platform=platform,
                 meanwhile="encfs.mount.session",
+                served=handover.served if handover is not None else None,
             )
         )
         if handover is not None:
@@ -191,6 +192,7 @@ def command(
             options,
             reference=reference,
             content_digest=artifact.content_digest,
+            manifest_digest=artifact.manifest_digest,
             owner=artifact,
             companion=companion,
             on_ready=report,

@@ -42,15 +42,21 @@ def command(
     options = MountOptions(foreground=True, listen=listen, log_format=log_format)
 
     def report(status: MountStatus) -> None:
-        handover.tell("ready", status=status.to_json())
+        handover.tell("ready", status=status.to_json(), size=sum(volume.size for volume in parts.volumes))
         terminal.result(status.to_json(), [f"{request.reference} is served"])
         terminal.flush()
 
     with handover.reporting():
         request = narrow(allowed, handover.attributes)
-        keys = KeyOptions(list(request.keys))
         with opened_artifact(
-            terminal, request.reference, keys, request.trust, registry, memory=memory, meanwhile="encfs.mount.session"
+            terminal,
+            request.reference,
+            KeyOptions(list(request.keys)),
+            request.trust,
+            registry,
+            memory=memory,
+            meanwhile="encfs.mount.session",
+            served=handover.served,
         ) as artifact:
             handover.check_content(artifact.content_digest)
             parts = image_parts(artifact, chosen_platform(None))
@@ -62,6 +68,7 @@ def command(
                 options,
                 reference=request.reference,
                 content_digest=artifact.content_digest,
+                manifest_digest=artifact.manifest_digest,
                 owner=artifact,
                 on_ready=report,
                 handover=handover,

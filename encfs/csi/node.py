@@ -20,8 +20,8 @@ import grpc
 
 from encfs.csi import csi_pb2 as csi
 from encfs.csi.volume import Volume
-from encfs.errors import EncfsError, UsageError
-from encfs.mount.mountpoint import top_mount, unmount
+from encfs.errors import EncfsError, MountError, UsageError
+from encfs.mount.mountpoint import is_dead, top_mount, unmount, unmount_for_all
 from encfs.sidecar import check_attributes
 
 NAME = "encfs.csi"
@@ -29,6 +29,13 @@ _WORKERS = 8
 _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?", re.ASCII)
 _POD = "csi.storage.k8s.io/pod.uid"
 _EPHEMERAL = "csi.storage.k8s.io/ephemeral"
+
+_RPC = csi.NodeServiceCapability.RPC
+_CAPABILITIES = csi.NodeGetCapabilitiesResponse(
+    capabilities=[
+        csi.NodeServiceCapability(rpc=_RPC(type=kind)) for kind in (_RPC.GET_VOLUME_STATS, _RPC.VOLUME_CONDITION)
+    ]
+)
 
 log = logging.getLogger("encfs.csi")
 
@@ -53,7 +60,8 @@ class Node:
         node = {
             "NodePublishVolume": self._publish,
             "NodeUnpublishVolume": self._unpublish,
-            "NodeGetCapabilities": (lambda *_: csi.NodeGetCapabilitiesResponse()),
+            "NodeGetCapabilities": (lambda *_: _CAPABILITIES),
+            "NodeGetVolumeStats": self._describe,
             "NodeGetInfo": (lambda *_: csi.NodeGetInfoResponse(node_id=self._node_id)),
         }
         return (_service("csi.v1.Identity", identity), _service("csi.v1.Node", node))
@@ -85,9 +93,10 @@ class Node:
                 return csi.NodePublishVolumeResponse()
             if found is not None or any(one.target == target for one in self._volumes.values()):
                 context.abort(grpc.StatusCode.ALREADY_EXISTS, "the volume or its path is published differently")
-            if top_mount(target) is not None:
-                context.abort(grpc.StatusCode.ALREADY_EXISTS, f"something is mounted at {target} already")
             try:
+                if _is_served(target):
+                    log.info("%s: published by a plugin before this one, and served still", target)
+                    return csi.NodePublishVolumeResponse()
                 os.makedirs(target, exist_ok=True)
                 self._volumes[request.volume_id] = Volume(target, handover, attributes, self._user)
             except (EncfsError, OSError) as error:
@@ -108,7 +117,7 @@ class Node:
             if mine is not None and mine.is_ours:
                 # Of a plugin before this one.
                 try:
-                    unmount(target, lazy=True)
+                    unmount_for_all(target)
                 except EncfsError as error:
                     context.abort(grpc.StatusCode.INTERNAL, str(error))
             try:
@@ -119,6 +128,37 @@ class Node:
                 context.abort(grpc.StatusCode.INTERNAL, f"{target} cannot be removed: {error.strerror}")
         log.info("%s: unpublished", target)
         return csi.NodeUnpublishVolumeResponse()
+
+    def _describe(self, request: Any, context: grpc.ServicerContext) -> Any:
+        """The condition of a volume, as the events of its pod show it. Its files are not touched: they may hang."""
+        if not request.volume_id or not request.volume_path:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "volume id and volume path are needed")
+        with self._lock:
+            volume = self._volumes.get(request.volume_id)
+        if volume is None or volume.target != os.path.abspath(request.volume_path):
+            context.abort(grpc.StatusCode.NOT_FOUND, "no such volume is published there by this plugin")
+            raise AssertionError  # abort has raised
+        condition = volume.condition
+        return csi.NodeGetVolumeStatsResponse(
+            usage=[csi.VolumeUsage(unit=csi.VolumeUsage.BYTES, total=volume.size, used=volume.size)],
+            volume_condition=csi.VolumeCondition(abnormal=volume.is_abnormal, message=condition),
+        )
+
+
+def _is_served(target: str) -> bool:
+    """Whether a volume of a plugin before this one is there, with the daemon that it was handed over to.
+
+    A dead one is cleared away. Raises: MountError for what is somebody else's, and where that fails.
+    """
+    mine = top_mount(target)
+    if mine is None:
+        return False
+    if not mine.is_ours:
+        raise MountError(f"something else is mounted at {target} already ({mine.filesystem_type})")
+    if not is_dead(target):
+        return True
+    unmount(target, lazy=True)
+    return False
 
 
 def _service(name: str, methods: Mapping[str, Callable[[Any, grpc.ServicerContext], Any]]) -> grpc.GenericRpcHandler:

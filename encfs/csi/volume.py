@@ -21,14 +21,18 @@ from pathlib import Path
 from encfs.errors import EncfsError, MountError
 from encfs.mount.fusedevice import open_mounted, refuse_requests
 from encfs.mount.keeper import Keeper
-from encfs.mount.mountpoint import top_mount, unmount
+from encfs.mount.mountpoint import top_mount, unmount, unmount_for_all
 from encfs.mount.options import MAX_REQUEST, MountOptions
-from encfs.mount.protocol import MAX_ANSWER, peer
+from encfs.mount.protocol import MAX_ANSWER, one_line, peer
 from encfs.mount.runtime import short_path
 from encfs.mount.tuning import raise_read_ahead
+from encfs.strictjson import MAX_INTEGER
 
 #: Seconds for which requests wait for a daemon.
 PATIENCE = 60.0
+
+#: Conditions: before the first daemon; and how those with a daemon, and after its failure, begin.
+_WAITING, _SERVING, _FAILED = "waiting for a daemon", "serving ", "failed: "
 
 log = logging.getLogger("encfs.csi")
 
@@ -39,7 +43,9 @@ class Volume:
     def __init__(self, target: str, handover: Path, attributes: Mapping[str, str], daemon_user: int) -> None:
         self.target = target
         self.attributes = dict(attributes)
-        self.condition = "waiting for a daemon"
+        self.condition = _WAITING
+        #: Bytes of the images that are served; 0 until a daemon has said it.
+        self.size = 0
         self._socket = handover
         self._user = daemon_user
         descriptor = open_mounted(target, MountOptions(allow_other=True))
@@ -61,13 +67,23 @@ class Volume:
         self._thread = threading.Thread(target=self._run, name="encfs-volume", daemon=True)
         self._thread.start()
 
+    @property
+    def is_abnormal(self) -> bool:
+        """Whether somebody ought to look: a daemon has failed, or none has come in time."""
+        serving = self._channel is not None and self.condition.startswith(_SERVING)
+        return self._failed or (not serving and time.monotonic() - self._lost > PATIENCE)
+
+    @property
+    def _failed(self) -> bool:
+        return self.condition.startswith(_FAILED)
+
     def close(self) -> None:
-        """Unmount, and forget the connection."""
+        """Unmount, and end the connection, whoever has files open or serves them."""
         os.close(self._waking)
         self._thread.join()
         os.close(self._wake)
         with suppress(EncfsError):
-            unmount(self.target, lazy=True)
+            unmount_for_all(self.target)
 
     def _run(self) -> None:
         try:
@@ -102,7 +118,11 @@ class Volume:
         return True
 
     def _accept(self) -> None:
-        connection, _ = self._server.accept()
+        try:
+            connection, _ = self._server.accept()
+        except OSError as failure:
+            log.warning("%s: a daemon cannot be let in: %s", self.target, failure.strerror)
+            return
         _, user = peer(connection)
         error = None
         if user not in {0, self._user}:
@@ -124,6 +144,7 @@ class Volume:
         connection.setblocking(False)
         self._channel, self._received = connection, b""
         self.condition = "a daemon is starting"
+        log.info("%s: handed over to a daemon", self.target)
 
     def _listen_to_daemon(self) -> None:
         channel = self._channel
@@ -136,7 +157,7 @@ class Volume:
         except OSError:
             piece = b""
         if not piece:
-            self._leave(self.condition if self.condition.startswith("failed") else "the daemon is gone")
+            self._leave(self.condition if self._failed else "the daemon is gone")
             return
         *lines, rest = (self._received + piece).split(b"\n")
         self._received = rest if len(rest) <= MAX_ANSWER else b""
@@ -147,12 +168,18 @@ class Volume:
                     self._note(event)
 
     def _note(self, event: Mapping[str, object]) -> None:
-        self._keeper.note(event)
+        try:
+            self._keeper.note(event)
+        except (OSError, MountError) as error:
+            event = {"event": "failed", "message": str(error)}
         match event:
             case {"event": "ready"}:
-                self.condition = f"serving {self._keeper.content_digest}"
+                size = event.get("size")
+                self.size = size if isinstance(size, int) and 0 <= size <= MAX_INTEGER else 0
+                self.condition = f"{_SERVING}{self._keeper.content_digest}"
             case {"event": "failed", "message": str(text)}:
-                self.condition = f"failed: {text[:500]}"
+                # Whatever runs in the pod may have written this.
+                self.condition = f"{_FAILED}{one_line(text)}"
             case _:
                 return
         log.info("%s: %s", self.target, self.condition)

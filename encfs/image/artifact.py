@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from encfs.artifact import Artifact
-from encfs.errors import EncfsError, FormatError, UnsupportedError, UsageError
+from encfs.artifact import Artifact, content_digest_of
+from encfs.errors import EncfsError, FormatError, NotFoundError, UnsupportedError, UsageError
 from encfs.format.volume import VolumeReader
 from encfs.image.config import ImageConfig, parse_image_config
 from encfs.image.manifest import INDEX_TYPES, IndexEntry, Platform, chosen_entries, parse_image_index
@@ -23,6 +23,8 @@ from encfs.oci.blobs import BlobSource, RawManifest
 LAYER_PREFIX = "layer/"
 AUXILIARY_PREFIX = "tar/"
 FLAT_NAME = "rootfs"
+#: What a reference names that was removed.
+_NOTHING = "nothing"
 
 _Result = TypeVar("_Result")
 
@@ -119,6 +121,41 @@ def check_pin_names_one(document: RawManifest, pin: str | None, wanted: Platform
 def _entry_name(entry: IndexEntry) -> str:
     digest = entry.descriptor.digest
     return digest if entry.platform is None else f"{entry.platform} ({digest})"
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a daemon served that this process takes over from: it goes on with just that, whatever a tag says now."""
+
+    content_digest: str
+    manifest_digest: str
+
+
+def choose_served(source: BlobSource, wanted: Platform, served: Served) -> tuple[RawManifest, str]:
+    """The manifest to go on with; and what the reference names by now, empty where that is the same content.
+
+    A reference may name another manifest of the same content (other recipients): that one is taken. Where it names
+    other content, or nothing any more, what was served is asked for by its digest. Whoever says what was served is not
+    trusted with anything: all rules apply to it as to what the reference names.
+
+    Raises: as `choose_manifest`; NotFoundError where what was served is gone.
+    """
+    try:
+        manifest = choose_manifest(source, source.document(), wanted)
+    except NotFoundError:
+        named = _NOTHING
+    else:
+        named = content_digest_of(manifest)
+        if named == served.content_digest:
+            return manifest, ""
+    try:
+        manifest = source.manifest(served.manifest_digest)
+    except NotFoundError as error:
+        raise NotFoundError(
+            f"the reference names {named} now, and what the mount has served, {served.content_digest}, is gone",
+            hint="unmount, and mount again, to change over to what it names",
+        ) from error
+    return manifest, named
 
 
 @dataclass(frozen=True, slots=True)

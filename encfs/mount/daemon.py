@@ -50,6 +50,7 @@ def mount(
     *,
     reference: str = "",
     content_digest: str = "",
+    manifest_digest: str = "",
     owner: Closeable | None = None,
     companion: Companion | None = None,
     on_ready: OnReady | None = None,
@@ -62,8 +63,8 @@ def mount(
     In the background (the default) this returns then; the daemon is another process, and this one may have no threads.
     In the foreground it returns when the mount has ended. `owner` (the artifact; by default the volumes) is taken over
     and closed in any case. `companion` works beside the mount. With `handover` somebody else has mounted it, and it is
-    served in the foreground. `reference` and `content_digest` are shown by `mounts()`. `ready_timeout` in seconds;
-    `audit` goes to the log once it answers.
+    served in the foreground. `reference` and the digests are shown by `mounts()`. `ready_timeout` in seconds; `audit`
+    goes to the log once it answers.
     Raises: MountError; StorageError for runtime directory or log file; FormatError, UnsupportedError for what is no
     EROFS image that can be read; what the volume raises for the image's beginning and its root directory.
     """
@@ -87,6 +88,7 @@ def mount(
             options,
             reference,
             content_digest,
+            manifest_digest,
             contents,
             options.log_file,
             shape.recipe,

@@ -168,6 +168,31 @@ def read_init(descriptor: int, timeout: float) -> bytes:
     return request
 
 
+def check_init(request: bytes) -> None:
+    """Raises MountError unless this is a whole FUSE_INIT request: somebody says that the kernel sent it."""
+    if len(request) >= _REQUEST.size + _INIT.size:
+        size, opcode, *_ = _REQUEST.unpack_from(request)
+        if size == len(request) <= _ROOM and opcode == _OPCODE_INIT:
+            return
+    raise MountError("the handover's init_request is no first request of the kernel")
+
+
+def check_accepted(reply: bytes) -> None:
+    """Raises MountError unless this answer to FUSE_INIT begins a session."""
+    if len(reply) < _REPLY.size or _REPLY.unpack_from(reply)[1] != 0:
+        raise MountError("libfuse refuses the kernel's first request", hint="this kernel and libfuse do not fit")
+
+
+def check_connected(descriptor: int) -> None:
+    """Raises MountError where a descriptor of /dev/fuse is not mounted, or is not any more."""
+    poller = select.poll()
+    poller.register(descriptor, 0)
+    if poller.poll(0):
+        raise MountError(
+            "the FUSE descriptor that was handed over is mounted nowhere", hint="it never was, or is unmounted already"
+        )
+
+
 def can_resend(init: bytes) -> bool:
     """Whether this kernel sends requests again that a daemon took and did not answer (Linux 6.9)."""
     if len(init) < _REQUEST.size + _INIT.size:

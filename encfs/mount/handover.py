@@ -15,8 +15,6 @@ session (`negotiation`).
 from __future__ import annotations
 
 import array
-import base64
-import binascii
 import json
 import os
 import socket
@@ -27,11 +25,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from encfs.errors import EncfsError, MountError, UsageError
-from encfs.mount.fusedevice import check_descriptor, read_init
+from encfs.encoding import b64_decode, parse_digest
+from encfs.errors import EncfsError, FormatError, MountError, UsageError
+from encfs.image.artifact import Served
+from encfs.mount.fusedevice import check_connected, check_descriptor, check_init, read_init
 from encfs.mount.negotiation import Connection
-from encfs.mount.protocol import peer
+from encfs.mount.protocol import one_line, peer
 from encfs.mount.runtime import short_path
+from encfs.strictjson import MAX_INTEGER, show_name
 
 #: Seconds for a descriptor to be handed over, and for the kernel to begin on it.
 HANDOVER_TIMEOUT = 30.0
@@ -47,19 +48,28 @@ class Handover:
     """What was handed over. `channel` is the socket it came by, owned by whoever holds this; None: a bare descriptor.
 
     `mountpoint` is where the giver says it is mounted; `content_digest` what a predecessor served, which must be served
-    on; `attributes` what a volume was asked for with; `relayed`: the giver answers for the daemon at a control socket;
+    on, and `manifest_digest` the manifest that it was opened by; `attributes` what a volume was asked for with;
+    `relayed`: the giver answers for the daemon at a control socket;
     `restarts` and `reason`: how many daemons there were before, and what became of the last.
     """
 
     connection: Connection
     mountpoint: str = ""
     content_digest: str = ""
+    manifest_digest: str = ""
     attributes: Mapping[str, str] = field(default_factory=dict)
     relayed: bool = False
     supervisor: int = 0
     restarts: int = 0
     reason: str = ""
     channel: socket.socket | None = None
+
+    @property
+    def served(self) -> Served | None:
+        """What to go on with, where a predecessor has served."""
+        if not self.content_digest or not self.manifest_digest:
+            return None
+        return Served(self.content_digest, self.manifest_digest)
 
     def tell(self, event: str, **more: object) -> None:
         """Tell the giver, if there is one and it still listens."""
@@ -149,7 +159,7 @@ def _check_peer(channel: socket.socket) -> None:
 
 def _check_descriptors(document: Mapping[str, object], descriptors: list[int]) -> None:
     if "error" in document:
-        raise MountError(f"no descriptor is handed over: {str(document['error'])[:500]}")
+        raise MountError(f"no descriptor is handed over: {one_line(str(document['error']))}")
     if len(descriptors) != 1:
         raise MountError(f"{len(descriptors)} descriptors were handed over, where one is needed")
     check_descriptor(descriptors[0], "what was handed over")
@@ -179,41 +189,64 @@ def _first_message(channel: socket.socket, deadline: float, descriptors: list[in
 
 def parse(document: Mapping[str, object], descriptor: int, timeout: float, channel: socket.socket | None) -> Handover:
     """A giver's first message. Raises: MountError."""
-    mountpoint, digest, reason = (document.get(name, "") for name in ("mountpoint", "content_digest", "reason"))
+    mountpoint, reason = _text(document, "mountpoint"), _text(document, "reason")
     attributes = document.get("attributes", {})
-    restarts, supervisor = document.get("restarts", 0), document.get("supervisor", 0)
     if (
-        not isinstance(mountpoint, str)
-        or not isinstance(digest, str)
-        or not isinstance(reason, str)
-        or not isinstance(restarts, int)
-        or not isinstance(supervisor, int)
-        or not isinstance(attributes, dict)
+        not isinstance(attributes, dict)
         or len(attributes) > _MAX_ATTRIBUTES
         or not all(isinstance(value, str) for value in attributes.values())
     ):
-        raise MountError("the handover has members of a wrong kind")
+        raise MountError("the handover's attributes are of a wrong kind")
+    # It goes to logs and to system calls.
+    if mountpoint and (not mountpoint.startswith("/") or not mountpoint.isprintable()):
+        raise MountError(f"the handover's mountpoint {show_name(mountpoint)} is no absolute path")
     request, reply = _octets(document, "init_request"), _octets(document, "init_reply")
+    if request:
+        check_init(request)
+        check_connected(descriptor)
     return Handover(
         Connection(
             descriptor, request or read_init(descriptor, timeout), reply if request else None, kept=bool(request)
         ),
         mountpoint=mountpoint,
-        content_digest=digest,
+        content_digest=_digest(document, "content_digest"),
+        manifest_digest=_digest(document, "manifest_digest"),
         attributes=attributes,
         relayed=document.get("relayed") is True,
-        supervisor=supervisor,
-        restarts=restarts,
-        reason=reason,
+        supervisor=_number(document, "supervisor"),
+        restarts=_number(document, "restarts"),
+        reason=one_line(reason),
         channel=channel,
     )
 
 
+def _text(document: Mapping[str, object], name: str) -> str:
+    value = document.get(name, "")
+    if not isinstance(value, str):
+        raise MountError(f"the handover's {name} is of a wrong kind")
+    return value
+
+
+def _number(document: Mapping[str, object], name: str) -> int:
+    value = document.get(name, 0)
+    if not isinstance(value, int) or not 0 <= value <= MAX_INTEGER:
+        raise MountError(f"the handover's {name} is of a wrong kind")
+    return value
+
+
+def _digest(document: Mapping[str, object], name: str) -> str:
+    value = _text(document, name)
+    try:
+        if value:
+            parse_digest(value)
+    except FormatError:
+        raise MountError(f"the handover's {name} is no digest") from None
+    return value
+
+
 def _octets(document: Mapping[str, object], name: str) -> bytes | None:
     value = document.get(name)
-    if value is None:
-        return None
     try:
-        return base64.b64decode(value, validate=True) if isinstance(value, str) else None
-    except binascii.Error:
-        raise MountError(f"the handover's {name} is not base64") from None
+        return None if value is None else b64_decode(value, f"the handover's {name}")
+    except FormatError as error:
+        raise MountError(error.message) from None

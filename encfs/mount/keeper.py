@@ -7,14 +7,15 @@ For processes that hold no key: the supervisor of a mount, the node plugin. Not 
 from __future__ import annotations
 
 import array
-import base64
 import json
 import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from encfs.mount.fusedevice import can_resend, clone, read_init
+from encfs.encoding import b64_decode, b64_encode, parse_digest
+from encfs.errors import FormatError, MountError
+from encfs.mount.fusedevice import can_resend, check_accepted, clone, read_init
 
 #: Seconds for the kernel to begin, once something is mounted.
 _INIT_TIMEOUT = 10.0
@@ -22,7 +23,7 @@ _INIT_TIMEOUT = 10.0
 
 @dataclass(slots=True)
 class Keeper:
-    """One FUSE connection. `descriptor` is owned; `content_digest` is what is served, once a daemon has said so."""
+    """One FUSE connection. `descriptor` is owned; the digests are of what is served, once a daemon has said so."""
 
     descriptor: int
     mountpoint: str
@@ -30,6 +31,7 @@ class Keeper:
     attributes: Mapping[str, str] = field(default_factory=dict)
     init_reply: bytes | None = None
     content_digest: str = ""
+    manifest_digest: str = ""
     restarts: int = 0
     reason: str = ""
 
@@ -43,9 +45,10 @@ class Keeper:
         document = {
             "encfs": 1,
             "mountpoint": self.mountpoint,
-            "init_request": base64.b64encode(self.init_request).decode(),
-            "init_reply": None if self.init_reply is None else base64.b64encode(self.init_reply).decode(),
+            "init_request": b64_encode(self.init_request),
+            "init_reply": None if self.init_reply is None else b64_encode(self.init_reply),
             "content_digest": self.content_digest,
+            "manifest_digest": self.manifest_digest,
             "attributes": dict(self.attributes),
             "relayed": relayed,
             "supervisor": os.getpid() if relayed else 0,
@@ -66,14 +69,29 @@ class Keeper:
                 os.close(descriptor)
 
     def note(self, event: Mapping[str, object]) -> None:
-        """Take in what a daemon tells, and pass its first answer on to the kernel. Raises: OSError where that fails."""
+        """Take in what a daemon tells, and pass its first answer on to the kernel.
+
+        Raises: MountError for what no daemon of ours tells; OSError where the kernel does not take the answer.
+        """
         match event:
-            case {"event": "negotiated", "init_reply": str(reply)} if self.init_reply is None:
-                self.init_reply = base64.b64decode(reply)
+            case {"event": "negotiated", "init_reply": str(text)} if self.init_reply is None:
+                try:
+                    reply = b64_decode(text, "the daemon's answer to the kernel")
+                except FormatError as error:
+                    raise MountError(error.message) from None
+                check_accepted(reply)
+                self.init_reply = reply
                 # From the descriptor that the request was read from: the kernel looks for it there.
-                os.write(self.descriptor, self.init_reply)
-            case {"event": "ready", "status": {"content_digest": str(digest)}} if not self.content_digest:
-                self.content_digest = digest
+                os.write(self.descriptor, reply)
+            case {"event": "ready", "status": {"content_digest": str(content), **rest}} if not self.content_digest:
+                manifest = rest.get("manifest_digest") or ""
+                try:
+                    parse_digest(content)
+                    if manifest:
+                        parse_digest(manifest)
+                except FormatError:
+                    raise MountError("the daemon says to serve what is no digest") from None
+                self.content_digest, self.manifest_digest = content, str(manifest)
 
     def close(self) -> None:
         """End the connection: every request that waits fails."""

@@ -54,23 +54,25 @@ def logging_to(path: Path | None, log_format: LogFormat = "text") -> Iterator[No
             logging.getLogger(name).handlers.clear()
     else:
         handler = _stderr_handler()
-    if handler is None:
-        yield
-        return
-    handler.setFormatter(JsonFormatter() if log_format == "json" else logging.Formatter(_FORMAT))
+    handlers = [] if handler is None else [handler]
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [(logger, logger.level) for logger in loggers]
     for logger in loggers:
-        logger.addHandler(handler)
+        for one in handlers:
+            one.setFormatter(JsonFormatter() if log_format == "json" else logging.Formatter(_FORMAT))
+            logger.addHandler(one)
+        # What a service did is to be found later, its audit lines above all; a command only warns.
         if logger.getEffectiveLevel() > logging.INFO:
             logger.setLevel(logging.INFO)
     try:
         yield
     finally:
         for logger, level in before:
-            logger.removeHandler(handler)
+            for one in handlers:
+                logger.removeHandler(one)
             logger.setLevel(level)
-        handler.close()
+        for one in handlers:
+            one.close()
 
 
 class _PrivateFileHandler(logging.handlers.RotatingFileHandler):

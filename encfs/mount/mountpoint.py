@@ -36,6 +36,7 @@ _FUSERMOUNT_TIMEOUT = 30
 #: Seconds that a mount gets to answer whether it is alive.
 _PATIENCE = 5.0
 #: umount2(2).
+_MNT_FORCE = 1
 _MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
 
@@ -59,6 +60,11 @@ class MountInfo:
         if self.filesystem_type in _KERNEL_TYPES:
             return self.source == MOUNT_SOURCE or self.source.startswith(IMAGE_PREFIX)
         return self.filesystem_type == FUSE_TYPE
+
+    @property
+    def is_fuse(self) -> bool:
+        """Anybody's FUSE mount."""
+        return self.filesystem_type.partition(".")[0] == "fuse"
 
 
 def parse_mountinfo(text: str) -> list[MountInfo]:
@@ -209,14 +215,22 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
     Raises: BusyError; NotMountedError; MountError.
     """
     if os.geteuid() == 0:
-        _unmount_as_root(mountpoint, lazy=lazy)
+        _unmount_as_root(mountpoint, _MNT_DETACH if lazy else 0)
     else:
         _unmount_as_user(mountpoint, lazy=lazy)
 
 
-def _unmount_as_root(mountpoint: str, *, lazy: bool) -> None:
+def unmount_for_all(mountpoint: str) -> None:
+    """Unmount a FUSE mount, and end its connection: what is open fails from now on, and its daemon ends. Root only.
+
+    Raises: NotMountedError; MountError.
+    """
+    _unmount_as_root(mountpoint, _MNT_DETACH | _MNT_FORCE)
+
+
+def _unmount_as_root(mountpoint: str, how: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if lazy else 0)
+    flags = _UMOUNT_NOFOLLOW | how
     if libc.umount2(os.fsencode(mountpoint), flags) == 0:
         return
     code = ctypes.get_errno()

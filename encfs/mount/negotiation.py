@@ -16,7 +16,7 @@ import pyfuse3
 import trio
 
 from encfs.errors import MountError, UnsupportedError
-from encfs.mount.fusedevice import can_resend, resend
+from encfs.mount.fusedevice import can_resend, check_accepted, resend
 
 #: Bytes that an answer to FUSE_INIT fits in.
 _ROOM = 4096
@@ -63,6 +63,7 @@ class Placeholder:
                 reply = self._ours.recv(_ROOM, socket.MSG_DONTWAIT)
             except OSError:
                 raise MountError("libfuse does not answer the kernel's first request") from None
+        check_accepted(reply)
         if connection.init_reply not in (None, reply):
             os.close(connection.descriptor)
             raise UnsupportedError(

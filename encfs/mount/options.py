@@ -71,10 +71,10 @@ class MountOptions:
 class MountStatus:
     """One mount as `mounts()` and the readiness report give it.
 
-    `started` in seconds since the epoch; `stats` are counters since then, sizes in bytes; `transfer` those of what came
-    from a registry or its cache, and `prefetch` how far the background fetch is, both empty where nothing works
-    beside the mount; `device` is the mount's `major:minor`, as in /proc/self/mountinfo; `read_ahead` in bytes, 0 where
-    it is not known.
+    `content_digest` is what is served, `manifest_digest` the manifest that it was opened by; `started` in seconds since
+    the epoch; `stats` are counters since then, sizes in bytes; `transfer` those of what came from a registry or its
+    cache, and `prefetch` how far the background fetch is, both empty where nothing works beside the mount; `device` is
+    the mount's `major:minor`, as in /proc/self/mountinfo; `read_ahead` in bytes, 0 where it is not known.
     `supervisor` is the process that restarts the daemon, or 0; `restarts` how often it has, `reason` why it last did.
     What is not known of a mount that does not answer is empty or 0.
     """
@@ -85,6 +85,7 @@ class MountStatus:
     pid: int = 0
     reference: str = ""
     content_digest: str = ""
+    manifest_digest: str = ""
     started: float = 0.0
     read_ahead: int = 0
     polling: bool = False

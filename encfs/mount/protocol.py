@@ -16,12 +16,19 @@ from typing import Protocol
 #: Bytes of a request line, and of an answer line.
 MAX_REQUEST_LINE = 4096
 MAX_ANSWER = 1 << 20
+#: Characters that are shown of what another process says.
+_MAX_SAID = 500
 #: struct ucred of unix(7): pid, uid, gid.
 _CREDENTIALS = struct.Struct("=iII")
 
 
 class _HasOptions(Protocol):
     def getsockopt(self, level: int, name: int, size: int, /) -> bytes: ...
+
+
+def one_line(text: str) -> str:
+    """What another process says of itself, fit for a log: printable, on one line, cut short."""
+    return "".join(character if character.isprintable() else " " for character in text[:_MAX_SAID])
 
 
 def peer(connection: _HasOptions) -> tuple[int, int]:

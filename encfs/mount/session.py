@@ -41,6 +41,8 @@ from encfs.mount.tuning import raise_read_ahead
 
 #: Seconds that requests under way get when a mount is told to end.
 _GRACE = 2.0
+#: Seconds for the first answer through the kernel; what the store needs for it gives up earlier.
+_ANSWER_TIMEOUT = 100.0
 #: Requests under way at the same time, most of them waiting for disk or network.
 _MAX_TASKS = 64
 #: Bytes of libfuse's messages that are looked at.
@@ -63,6 +65,7 @@ class MountPlan:
     options: MountOptions
     reference: str
     content_digest: str
+    manifest_digest: str
     contents: ImageContents
     log_file: Path | None
     recipe: Recipe | None = None
@@ -92,6 +95,7 @@ class Session:
             pid=os.getpid(),
             reference=plan.reference,
             content_digest=plan.content_digest,
+            manifest_digest=plan.manifest_digest,
             started=time.time(),
             log_file=str(plan.log_file or ""),
             backend=plan.recipe.backend if plan.recipe is not None else "fuse",
@@ -147,6 +151,12 @@ class Session:
 
     def _take_over(self, handover: Handover) -> None:
         """Serve a connection that somebody else opened. Raises: MountError, UnsupportedError."""
+        mine = top_mount(self._plan.mountpoint)
+        if mine is not None and not mine.is_fuse:
+            raise MountError(
+                f"what is mounted at {self._plan.mountpoint} is {mine.filesystem_type}, and no FUSE mount",
+                hint="the descriptor that was handed over is mounted elsewhere",
+            )
         placeholder = Placeholder()
         initialise(self._filesystem, placeholder.path, self._plan.options.kernel_options())
         try:
@@ -241,7 +251,15 @@ class Session:
                 # Mounted where this process does not look: that the kernel was answered is all that can be told.
                 self._announce_ready()
                 return
-            device = await trio.to_thread.run_sync(_check_answers, place, abandon_on_cancel=True)
+            with trio.fail_after(_ANSWER_TIMEOUT):
+                device = await trio.to_thread.run_sync(_check_answers, place, abandon_on_cancel=True)
+        except trio.TooSlowError:
+            self._error = self._failures.last or MountError(
+                f"the mount at {place} does not answer within {_ANSWER_TIMEOUT:g} seconds",
+                hint="if a descriptor was handed over: is it mounted there?",
+            )
+            self.stop()
+            return
         except (OSError, MountError) as error:
             reason = error.strerror if isinstance(error, OSError) else error.message
             self._error = self._failures.last or MountError(f"the mount at {place} does not answer: {reason}")

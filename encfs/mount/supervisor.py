@@ -274,8 +274,8 @@ class Supervisor:
             return
         try:
             self._keeper.note(message)
-        except OSError as error:
-            log.warning("%s: the mount has ended before it began: %s", self._place, error.strerror)
+        except (OSError, MountError) as error:
+            log.warning("%s: the daemon's message is of no use: %s", self._place, error)
         match message:
             case {"event": "negotiated"}:
                 daemon.negotiated = True
@@ -319,6 +319,7 @@ class Supervisor:
             device=self._device,
             reference=self._reference,
             content_digest=self._keeper.content_digest,
+            manifest_digest=self._keeper.manifest_digest,
             started=self._started,
             log_file=str(self._options.log_file or ""),
             supervisor=os.getpid(),

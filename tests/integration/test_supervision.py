@@ -188,13 +188,24 @@ def test_without_a_daemon_reads_fail_in_bounded_time_and_recover(mounted: Mounte
     os.close(descriptor)
 
 
-def test_other_content_under_the_same_name_is_not_served_to_open_files(mounted: Mounted) -> None:
+def test_a_tag_that_moves_does_not_change_what_is_mounted(mounted: Mounted) -> None:
     status = mounted.mount(ENCFS_TEST_PATIENCE="1")
     descriptor = os.open(mounted.weights, os.O_RDONLY)
-    (mounted.base / "model" / "weights").write_bytes(bytes(_SIZE))
+    (mounted.base / "model" / "weights").write_bytes(bytes(1000))
     mounted.imagetool("encrypt", mounted.base / "model", mounted.reference, "-r", mounted.base / "a.jwk.pub")
     os.kill(status["pid"], signal.SIGKILL)
-    mounted.wait_for(lambda status: status["state"] == "failing" and "and the mount has served" in status["reason"], 30)
+    later = mounted.wait_for(lambda status: status["state"] == "serving" and status["restarts"] == 1, 60)
+    for name in ("content_digest", "manifest_digest"):
+        assert later[name] == status[name] != ""
+    assert mounted.read(descriptor, 4 << 20, 4096)
+    assert mounted.weights.stat().st_size == _SIZE
+    assert "superseded_by sha256:" in Path(later["log_file"]).read_text()
+
+    # Once it is removed, nothing else is served in its place.
+    blobs = mounted.base / "store" / "blobs" / "sha256"
+    (blobs / status["manifest_digest"].removeprefix("sha256:")).unlink()
+    os.kill(later["pid"], signal.SIGKILL)
+    mounted.wait_for(lambda status: status["state"] == "failing" and "is gone" in status["reason"], 60)
     with pytest.raises(OSError, match="Input/output error"):
         mounted.read(descriptor, 0, 4096)
     os.close(descriptor)
