@@ -29,6 +29,11 @@ class OpenedBroker:
         with self.database.transaction(durable=False) as connection:
             return state.load_state(connection, self.vault)
 
+    def check_mark(self) -> None:
+        """Before a change by the owner: that it is not made to an old copy. Raises: RollbackError, KeyProviderError."""
+        if self.config.mark is not None:
+            check_mark(self.config.mark, self.load_state().epoch)
+
     def settle(self, changed: State) -> None:
         """After a change by the owner: bring the mark up to the new epoch. Raises: KeyProviderError."""
         if self.config.mark is not None:

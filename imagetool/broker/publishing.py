@@ -117,6 +117,7 @@ def publish(opened: OpenedBroker, path: str, artifact: LoadedArtifact) -> Public
     finally:
         provider.close()
     content = artifact.content
+    opened.check_mark()
     before = floor_of(opened, path)
     with opened.database.transaction() as connection:
         now = opened.database.now(connection)

@@ -523,6 +523,9 @@ def test_a_sealed_kek_and_a_mark_in_the_tpm(tmp_path: Path, tpm: SoftwareTpm) ->
     shutil.copy(tmp_path / "old.db", directory / "broker.db")
     refused = imagetool("broker", "serve", directory, "--listen", "127.0.0.1:0", code=33)
     assert "an old copy was put back" in refused["error"]["message"]
+    before = imagetool("broker", "policy", "show", directory)["epoch"]
+    set_policy(directory, "", code=33)
+    assert imagetool("broker", "policy", "show", directory)["epoch"] == before
 
     # Another boot state: the KEK stays sealed.
     tpm.extend(7)

@@ -72,6 +72,7 @@ def changed(
     """Make a change of the owner's: in one transaction with its entry in the log, then the mark of the epoch."""
     from imagetool.broker import log
 
+    broker.check_mark()
     with broker.database.transaction() as connection:
         state, members = change(connection)
         log.append(
