@@ -139,6 +139,8 @@ class _Api:
         return JSONResponse(answer, headers=_UNCACHED)
 
     async def resource(self, request: Request) -> Response:
+        if request.method != "GET":  # the router takes HEAD for one, and it would use up a release
+            raise Refusal(405, protocol.ERROR_REQUEST, "a resource is asked for with GET")
         # As it came: the router's own pattern overlooks a line end behind it.
         path: str = request.scope["path"].removeprefix(_RESOURCES)
         digests = request.query_params.getlist(protocol.DIGEST_PARAMETER)

@@ -340,6 +340,8 @@ def test_releases_are_counted_over_all_workers(broker: Served, client: Handshake
     client.attested()
     try:
         set_policy(broker.directory, SAMPLE_POLICY + f"releases = {before + 5}\n")
+        # Nobody is given anything by it.
+        assert client.request("HEAD", f"/kbs/v0/resource/{PATH}").status == 405
         with ThreadPoolExecutor(10) as pool:
             answers = list(pool.map(lambda _: client.resource(), range(12)))
         assert sorted(answer.status for answer in answers) == [200] * 5 + [401] * 7
