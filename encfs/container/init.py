@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from encfs.container import channel as channels
+from encfs.container.mapping import Mapped, Mapper, check_user
 from encfs.container.root import change_root
 from encfs.container.signals import block_signals, exit_code, wait_for
 from encfs.container.spec import Spec, parse_spec
@@ -44,7 +45,7 @@ def main() -> int:
     channels.close_all_but(channel.fileno())
     try:
         confined = not kernel.may_mount()
-        _make_namespaces(confined)
+        mapped = _make_namespaces(confined)
         _die_with(parent)
         served, fuse = open_fuse(allow_other=True, default_permissions=True)
         channels.send(channel, b"fuse", served)
@@ -53,7 +54,7 @@ def main() -> int:
         if not content:
             return 1
         spec = parse_spec(content)
-        first = _fork(lambda: _be_first(channel, fuse, spec, mask, confined=confined))
+        first = _fork(lambda: _be_first(channel, fuse, spec, mask, mapped))
     except (EncfsError, OSError) as error:
         return _report(channel, error)
     os.close(fuse)
@@ -61,19 +62,17 @@ def main() -> int:
     return exit_code(wait_for(first))
 
 
-def _make_namespaces(confined: bool) -> None:
-    user, group = os.geteuid(), os.getegid()
+def _make_namespaces(confined: bool) -> Mapped | None:
+    """Who there is in a user namespace; None without one."""
+    mapper = Mapper() if confined else None
     kinds = kernel.CLONE_NEWNS | kernel.CLONE_NEWPID
     try:
         kernel.unshare(kinds | (kernel.CLONE_NEWUSER if confined else 0))
     except kernel.MountCallError as error:
         raise MountError(error.message, hint="run as root, or allow user namespaces to users (sysctl user)") from None
-    if confined:
-        # The one user that may be mapped without help is this one; in there it is root.
-        for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
-            with open(f"/proc/self/{name}", "w") as file:
-                file.write(text)
+    mapped = mapper.map_users() if mapper is not None else None
     kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE, "")
+    return mapped
 
 
 def _die_with(parent: int) -> None:
@@ -95,18 +94,16 @@ def _fork(work: Callable[[], int]) -> int:
         os._exit(code)
 
 
-def _be_first(channel: socket.socket, fuse: int, spec: Spec, mask: set[int], *, confined: bool) -> int:
+def _be_first(channel: socket.socket, fuse: int, spec: Spec, mask: set[int], mapped: Mapped | None) -> int:
     """The first process of the pid namespace: the root filesystem, the command, and waiting for it."""
     _die_with(0)
     try:
-        change_root(fuse, spec, in_user_namespace=confined)
+        change_root(fuse, spec, in_user_namespace=mapped is not None)
         account = find_account(spec.user, _read_accounts("/etc/passwd"), _read_accounts("/etc/group"))
-        if confined and (account.uid or account.gid):
-            raise MountError(
-                f"without root the command cannot run as user {account.uid}, group {account.gid}",
-                hint="run encfs as root, or give --user 0",
-            )
-        command = _fork(lambda: _become(channel, spec, account, mask, confined=confined))
+        if mapped is not None:
+            check_user(mapped, account.uid, account.gid)
+        may_set_groups = mapped is None or mapped.groups > 1
+        command = _fork(lambda: _become(channel, spec, account, mask, may_set_groups=may_set_groups))
     except (EncfsError, OSError) as error:
         return _report(channel, error)
     channel.close()
@@ -142,12 +139,12 @@ def _read_accounts(path: str) -> str:
             raise StorageError(f"the image's {path} cannot be read: {error.strerror}") from None
 
 
-def _become(channel: socket.socket, spec: Spec, account: Account, mask: set[int], *, confined: bool) -> NoReturn:
+def _become(channel: socket.socket, spec: Spec, account: Account, mask: set[int], *, may_set_groups: bool) -> NoReturn:
     """Become the command, as the user that it is for."""
     code = NOT_EXECUTABLE
     try:
         environment = {"HOME": account.home, **spec.environment}
-        if not confined:
+        if may_set_groups:
             os.setgroups(account.groups)
         os.setgid(account.gid)
         os.setuid(account.uid)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import shutil
 import signal
 import stat
 import subprocess
@@ -315,6 +316,53 @@ def test_without_root_in_a_user_namespace(images: Images, tmp_path: Path) -> Non
     done = images.run("app", *cache, "--backend", "erofs", prefix=UNPRIVILEGED)
     assert done.returncode == 40
     assert "the kernel's EROFS cannot be used" in done.stderr
+
+
+def with_ranges(path: Path, ranges: str) -> tuple[str, ...]:
+    """As that user, to whom this machine gives these ranges of users and groups (subuid(5)); seen by nobody else."""
+    path.write_text(ranges)
+    script = 'mount --bind "$1" /etc/subuid && mount --bind "$1" /etc/subgid && shift && exec "$@"'
+    return ("unshare", "--mount", "sh", "-c", script, "sh", str(path), *UNPRIVILEGED)
+
+
+needs_newuidmap = pytest.mark.skipif(not shutil.which("newuidmap"), reason="newuidmap (uidmap) is not installed")
+
+
+@needs_newuidmap
+def test_without_root_with_the_ranges_of_the_machine(images: Images, tmp_path: Path) -> None:
+    cache = ("--cache-dir", str(tmp_path / "none"), "--cache-size", "0")
+    ranges = with_ranges(tmp_path / "subuid", "1000:100000:1500\nother:300000:65536\n1000:200000:65536\nnonsense\n")
+    # The image's own user, with the group that lists it, which is in the second range.
+    done = images.run("app", *cache, prefix=ranges)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1] == "uid=1000(app) gid=1000(app) groups=2000(extra)"
+    done = images.sh("cat /proc/self/uid_map; touch /new && ls -ln /new", *cache, "-u", "app", prefix=ranges)
+    assert "Permission denied" in done.stderr
+    assert [line.split() for line in done.stdout.splitlines()] == [
+        ["0", "1000", "1"],
+        ["1", "100000", "1500"],
+        ["1501", "200000", "65536"],
+    ]
+    done = images.sh("touch /tmp/new && ls -ln /tmp/new", *cache, "-u", "67036:67036", prefix=ranges)
+    assert done.stdout.split()[2:4] == ["67036", "67036"], done.stderr
+    done = images.sh("true", *cache, "-u", "67037", prefix=ranges)
+    assert done.returncode == 40
+    assert "end before user 67037" in done.stderr
+
+
+@needs_newuidmap
+def test_without_ranges_or_with_unfit_ones_it_is_said(images: Images, tmp_path: Path) -> None:
+    cache = ("--cache-dir", str(tmp_path / "none"), "--cache-size", "0")
+    done = images.run("app", *cache, prefix=with_ranges(tmp_path / "none", ""))
+    assert done.returncode == 40
+    assert "cannot run as user 1000, group 1000: this user has no range" in done.stderr
+    # Two ranges that overlap: the kernel takes no such map, and this user is alone in there.
+    overlap = with_ranges(tmp_path / "overlap", "1000:1000:65536\n")
+    done = images.run("app", *cache, prefix=overlap)
+    assert done.returncode == 40
+    assert "refuses the ranges" in done.stderr
+    done = images.sh("id", *cache, prefix=overlap)
+    assert done.stdout == "uid=0(root) gid=0(root)\n", done.stderr
 
 
 @pytest.mark.parametrize("name", HOSTILE)
