@@ -4,7 +4,8 @@ The two talk over a unix socket, one JSON object a line; the descriptor comes wi
 
     giver  → {"encfs": 1, …: what `Handover` has}, or {} with a descriptor that nobody has read from yet
            → {"error": "…"}: there is nothing to hand over
-    daemon → {"event": "negotiated", "init_reply": base64}, {"event": "ready", "status": {…}}
+    daemon → {"event": "negotiated", "init_reply": base64, "content_digest", "manifest_digest": what is served now}
+           → {"event": "ready", "status": {…}}
            → {"event": "failed", "error": type, "message": "…", "hint": "…"}
     giver  → requests of `protocol`, answered like those at a control socket
 

@@ -23,7 +23,7 @@ _INIT_TIMEOUT = 10.0
 
 @dataclass(slots=True)
 class Keeper:
-    """One FUSE connection. `descriptor` is owned; the digests are of what is served, once a daemon has said so."""
+    """One FUSE connection. `descriptor` is owned; the digests are of what is served, once a daemon has begun to."""
 
     descriptor: int
     mountpoint: str
@@ -81,17 +81,28 @@ class Keeper:
                     raise MountError(error.message) from None
                 check_accepted(reply)
                 self.init_reply = reply
+                # From now on requests are answered, and the kernel keeps what it gets: a successor must serve the same.
+                self._note_served(event)
                 # From the descriptor that the request was read from: the kernel looks for it there.
                 os.write(self.descriptor, reply)
-            case {"event": "ready", "status": {"content_digest": str(content), **rest}} if not self.content_digest:
-                manifest = rest.get("manifest_digest") or ""
-                try:
-                    parse_digest(content)
-                    if manifest:
-                        parse_digest(manifest)
-                except FormatError:
-                    raise MountError("the daemon says to serve what is no digest") from None
-                self.content_digest, self.manifest_digest = content, str(manifest)
+            case {"event": "negotiated"}:
+                self._note_served(event)
+            case {"event": "ready", "status": dict(status)}:
+                # A daemon of an earlier version says it here only.
+                self._note_served(status)
+
+    def _note_served(self, told: Mapping[str, object]) -> None:
+        """Take in which content is served, once. Raises: MountError."""
+        content, manifest = told.get("content_digest") or "", told.get("manifest_digest") or ""
+        if self.content_digest or not content:
+            return
+        try:
+            parse_digest(content)
+            if manifest:
+                parse_digest(manifest)
+        except FormatError:
+            raise MountError("the daemon says to serve what is no digest") from None
+        self.content_digest, self.manifest_digest = str(content), str(manifest)
 
     def close(self) -> None:
         """End the connection: every request that waits fails."""

@@ -164,7 +164,13 @@ class Session:
         except BaseException:
             pyfuse3.close(unmount=False)
             raise
-        handover.tell("negotiated", init_reply=base64.b64encode(reply).decode())
+        # From here on requests are answered, and the kernel keeps what it gets: a successor must serve the same.
+        handover.tell(
+            "negotiated",
+            init_reply=base64.b64encode(reply).decode(),
+            content_digest=self._plan.content_digest,
+            manifest_digest=self._plan.manifest_digest,
+        )
 
     def _note_device(self) -> None:
         mine = top_mount(self._plan.mountpoint)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import logging
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from encfs.errors import FormatError, IntegrityError, StorageError
 from encfs.mount import MountOptions, polling
 from encfs.mount.failures import FailureLog
+from encfs.mount.keeper import Keeper
 from encfs.mount.logs import logging_to
 from encfs.mount.mountpoint import absolute, parse_mountinfo
 from encfs.mount.runtime import ENVIRONMENT_VARIABLE, existing_runtime_directory, runtime_directory
@@ -294,3 +297,22 @@ trio.run(main)
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
     assert (done.stdout, done.returncode) == ("HTTP/1.1 200 OK\n", 0), done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+# Handing over
+
+
+def test_what_a_daemon_has_begun_to_serve_is_kept_from_its_first_answer_on() -> None:
+    """It may be killed before it says that it is ready: the kernel has kept what was read until then."""
+    reading, writing = os.pipe()
+    keeper = Keeper(writing, "/mount", b"request")
+    reply = struct.pack("=IiQ", 16, 0, 1)
+    first, second = ("sha256:" + digit * 64 for digit in "12")
+    for digest in (first, second):
+        event = {"event": "negotiated", "init_reply": base64.b64encode(reply).decode(), "content_digest": digest}
+        keeper.note(event)
+    keeper.note({"event": "ready", "status": {"content_digest": second}})
+    assert (keeper.content_digest, keeper.init_reply) == (first, reply)
+    keeper.close()
+    with os.fdopen(reading, "rb") as file:
+        assert file.read() == reply
