@@ -21,16 +21,6 @@ from encfs.image.stack import VolumeStack, open_readers
 #: Bytes of a file that are read at a time.
 READ_SIZE = 1 << 20
 
-_KINDS = {
-    stat.S_IFREG: "file",
-    stat.S_IFDIR: "directory",
-    stat.S_IFLNK: "symlink",
-    stat.S_IFCHR: "character-device",
-    stat.S_IFBLK: "block-device",
-    stat.S_IFIFO: "fifo",
-    stat.S_IFSOCK: "socket",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Image:
@@ -52,7 +42,7 @@ class Listed:
         """`path_base64` and `target_base64` have the exact bytes where the name is not UTF-8."""
         inode = self.inode
         document = _text_member("path", self.path) | {
-            "type": _KINDS[stat.S_IFMT(inode.mode)],
+            "type": inode.kind,
             "mode": f"{stat.S_IMODE(inode.mode):04o}",
             "uid": inode.uid,
             "gid": inode.gid,
@@ -134,7 +124,7 @@ def read_file(image: Image, path: bytes) -> Iterator[bytes]:
 def _file(image: Image, path: bytes) -> Inode:
     inode = image.tree.resolve(path)
     if not stat.S_ISREG(inode.mode):
-        kind = _KINDS[stat.S_IFMT(inode.mode)]
+        kind = inode.kind
         raise SourceError(f"{path.decode('utf-8', 'backslashreplace')} is a {kind}, not a regular file")
     return inode
 

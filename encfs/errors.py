@@ -31,14 +31,12 @@ bug.
     |  `- TransportTimeoutError    52   no answer within the time allowed
     |- AttestationError            60   no evidence could be collected on this machine
     |- EvidenceRefusedError        61   evidence is not genuine, or does not show what was asked for
-    `- (interrupted by a signal:  130)
+    `- (ended by signal N:  128 + N)
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
-
-INTERRUPTED_EXIT_CODE = 130
 
 
 class EncfsError(Exception):

@@ -29,16 +29,6 @@ from encfs.progress import NoProgress, Progress
 
 AnyPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
-_KINDS = {
-    stat.S_IFREG: "file",
-    stat.S_IFDIR: "directory",
-    stat.S_IFLNK: "symlink",
-    stat.S_IFCHR: "character-device",
-    stat.S_IFBLK: "block-device",
-    stat.S_IFIFO: "fifo",
-    stat.S_IFSOCK: "socket",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -178,7 +168,7 @@ class Files:
         link = stat.S_ISLNK(inode.mode)
         return Entry(
             path=os.fsdecode(path),
-            kind=_KINDS[stat.S_IFMT(inode.mode)],
+            kind=inode.kind,
             mode=stat.S_IMODE(inode.mode),
             uid=inode.uid,
             gid=inode.gid,
@@ -192,7 +182,7 @@ class Files:
         wanted = _clean(path)
         inode = self._tree.resolve(wanted)
         if not stat.S_ISREG(inode.mode):
-            raise SourceError(f"{printable(wanted)} is a {_KINDS[stat.S_IFMT(inode.mode)]}, not a regular file")
+            raise SourceError(f"{printable(wanted)} is a {inode.kind}, not a regular file")
         return wanted, inode
 
     def _read_into(self, inode: Inode, offset: int, buffer: memoryview) -> int:

@@ -17,6 +17,16 @@ from encfs.errors import NotFoundError
 #: Bytes of an image by (offset, size): verified, or an exception.
 Read = Callable[[int, int], bytes | memoryview]
 
+#: Kinds of files by `stat.S_IFMT(mode)`, as lists of files call them.
+_KINDS = {
+    stat.S_IFREG: "file",
+    stat.S_IFDIR: "directory",
+    stat.S_IFLNK: "symlink",
+    stat.S_IFCHR: "character-device",
+    stat.S_IFBLK: "block-device",
+    stat.S_IFIFO: "fifo",
+    stat.S_IFSOCK: "socket",
+}
 #: As many as the kernel follows in one path.
 _MAX_SYMLINKS = 40
 
@@ -41,6 +51,11 @@ class Inode:
     start: int
     xattr_offset: int
     xattr_size: int
+
+    @property
+    def kind(self) -> str:
+        """`file`, `directory`, `symlink`, `character-device`, `block-device`, `fifo` or `socket`."""
+        return _KINDS[stat.S_IFMT(self.mode)]
 
 
 @dataclass(frozen=True, slots=True)

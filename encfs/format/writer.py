@@ -142,15 +142,6 @@ class VolumeWriter:
             self.advance(size)
             view = view[size:]
 
-    def write_zeros(self, size: int) -> None:
-        """Append `size` zero bytes."""
-        while size:
-            room = self.buffer()
-            step = min(len(room), size)
-            room[:step] = bytes(step)
-            self.advance(step)
-            size -= step
-
     def set_head(self, data: bytes) -> None:
         """Replace the first bytes of the image, which must have been written already."""
         if len(data) > min(MAX_HEAD_SIZE, self.position):
