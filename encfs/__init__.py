@@ -31,14 +31,17 @@ def open(  # noqa: A001 - the name that readers of `gzip.open`, `tarfile.open` a
     id: str | None = None,  # noqa: A002 - as on the command line and in the descriptor
     min_version: int | None = None,
     allow_unsigned: bool = False,
+    platform: str | None = None,
     store: StoreOptions | None = None,
     threads: int | None = None,
 ) -> Artifact:
     """Accept an artifact, unwrap its keys and open it, by the same rules as `encfs mount`. Nothing of its data is read.
 
     `ref` as skopeo writes it (`oci:PATH:TAG`, `docker://HOST/REPOSITORY:TAG`), `key` one or more key URIs, `trust`
-    files of signers' public keys, `id` and `min_version` what the release must be, `pin` a content digest; `store` says
-    how a registry is reached; `threads` read large pieces side by side (None: by the number of processors).
+    files of signers' public keys, `id` and `min_version` what the release must be, `pin` a content digest; `platform`
+    (`OS/ARCH[/VARIANT]`) is what a container image must be for, and what is chosen in an index, by default this
+    machine's; `store` says how a registry is reached; `threads` read large pieces side by side (None: by the number of
+    processors).
 
     Raises: `encfs.errors.TrustError` where the origin is not accepted, before any key is asked for; key, format,
     integrity and store errors, all of them `encfs.errors.EncfsError`.
@@ -53,6 +56,7 @@ def open(  # noqa: A001 - the name that readers of `gzip.open`, `tarfile.open` a
         artifact_id=id,
         min_version=min_version,
         allow_unsigned=allow_unsigned,
+        platform=platform,
         store=store,
         threads=threads,
     )

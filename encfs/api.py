@@ -14,7 +14,8 @@ from encfs.artifact import open_artifact
 from encfs.browse import open_image
 from encfs.extract import ExtractResult
 from encfs.files import AnyPath, Entry, File, Files
-from encfs.image.artifact import is_needed
+from encfs.image.artifact import check_image_platform, choose_manifest, is_needed, this_platform
+from encfs.image.manifest import parse_platform
 from encfs.keys.files import load_trusted_key
 from encfs.keys.providers import provider_from_uri
 from encfs.oci.options import StoreOptions
@@ -105,6 +106,7 @@ def open_artifact_by_reference(
     artifact_id: str | None,
     min_version: int | None,
     allow_unsigned: bool,
+    platform: str | None,
     store: StoreOptions | None,
     threads: int | None,
 ) -> Artifact:
@@ -120,8 +122,22 @@ def open_artifact_by_reference(
     with ExitStack() as stack:
         # Closed at the end: what they unwrapped is in the artifact then, and their own secrets are of no further use.
         providers = [stack.enter_context(closing(provider_from_uri(str(uri)))) for uri in _listed(key)]
+        wanted = this_platform() if platform is None else parse_platform(platform)
         source = open_source(reference, store)
-        opened = open_artifact(source, keys=providers, trust=policy, label=ref, wanted=is_needed)
+        try:
+            document = source.document()
+            manifest = choose_manifest(source, document, wanted)
+        except BaseException:
+            source.close()
+            raise
+        opened = open_artifact(source, keys=providers, trust=policy, label=ref, wanted=is_needed, manifest=manifest)
+    try:
+        # An index is signed by nobody: what it says of platforms has to be what the image says.
+        if platform is not None or manifest is not document:
+            check_image_platform(opened, wanted)
+    except BaseException:
+        opened.close()
+        raise
     return Artifact(opened, threads=threads)
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 
+import encfs
 from encfs.errors import (
     ConflictError,
     FormatError,
@@ -185,8 +186,8 @@ def test_recipients_come_and_go(shell: Shell) -> None:
     shell.refused(WrongKeyError, "imagetool", "verify", REF, "-k", "tee.jwk")
 
 
-def test_an_index_that_lies(shell: Shell) -> None:
-    """Platforms exchanged: seen with a key. A damaged artifact: seen, and named."""
+def swap_platforms(shell: Shell) -> None:
+    """Two indexes that lie: `swapped` has the platforms exchanged, `nested` names an index."""
     with closing(Layout(shell.path / "enc", tag="v1")) as layout:
         document = json.loads(layout.document().content)
         for entry, name in zip(document["manifests"], (OTHER, HERE), strict=True):
@@ -194,6 +195,11 @@ def test_an_index_that_lies(shell: Shell) -> None:
         layout.put_manifest(json.dumps(document).encode(), document["mediaType"], tag="swapped")
         document["manifests"][1] = {**document["manifests"][1], "mediaType": document["mediaType"]}
         layout.put_manifest(json.dumps(document).encode(), document["mediaType"], tag="nested")
+
+
+def test_an_index_that_lies(shell: Shell) -> None:
+    """Platforms exchanged: seen with a key. A damaged artifact: seen, and named."""
+    swap_platforms(shell)
     shell.ok("imagetool", "verify", "oci:enc:swapped", *TRUST)
     line = shell.refused(FormatError, "imagetool", "verify", "oci:enc:swapped", "-k", "tee.jwk", *TRUST)
     assert f"lists for linux/{OTHER} is for linux/{HERE}" in line
@@ -256,3 +262,20 @@ def test_pulled_into_the_cache_it_is_there_without_the_registry(shell: Shell, tm
     for name in (HERE, OTHER):
         chosen = ("--platform", f"linux/{name}", "-k", "tee.jwk", *TRUST, *cache)
         assert sorted(shell.ok("encfs", "ls", remote, *chosen).split()) == sorted([name, "word"])
+
+
+def test_python_takes_this_machines_or_the_one_that_is_asked_for(prepared: Shell, shell: Shell) -> None:
+    def read(path: Path, tag: str = "v1", **options: Any) -> str:
+        options = {"key": str(path / "tee.jwk"), "allow_unsigned": True, **options}
+        with encfs.open(f"oci:{path / 'enc'}:{tag}", **options) as artifact:
+            return artifact.read("word").decode()
+
+    assert read(prepared.path) == read(prepared.path, tag="single") == HERE
+    assert read(prepared.path, platform=f"linux/{OTHER}") == OTHER
+    with pytest.raises(UsageError, match="riscv64"):
+        read(prepared.path, platform="linux/riscv64")
+    with pytest.raises(UnsupportedError, match="is for linux/"):
+        read(prepared.path, tag="single", platform=f"linux/{OTHER}")
+    swap_platforms(shell)
+    with pytest.raises(UnsupportedError, match=f"is for linux/{OTHER}"):
+        read(shell.path, tag="swapped")
