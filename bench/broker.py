@@ -30,7 +30,7 @@ from encfs.kbs import jwe, protocol
 from tests.support.snpchip import MEASUREMENT, SnpChip, trust_authority
 
 _PATH = "default/key/chat"
-_CLIENTS = 16
+_CLIENTS = 8
 _ROOT = Path(__file__).resolve().parents[1]
 _RATE, _P99, _MEMORY = Target(200), Target(100), Target(150)
 
@@ -48,7 +48,7 @@ def measure_broker(workspace: Workspace, scale: Scale, keys: KeyFiles) -> Iterat
     count, seconds = (200, 3) if quick else (4000, 20)
     chip = SnpChip()
     with _server(workspace.disk / "broker", chip) as server:
-        _shake_many(server, chip, 50, None)  # everything is loaded
+        _shake_many(server, chip, 50, None)  # everything is loaded in the server, too
         loads = [_shake_many(server, chip, count, None) for _ in range(scale.repetitions)]
         rates, servers = [count / one.seconds for one in loads], [one.server for one in loads]
         clients = [one.client for one in loads]
@@ -121,20 +121,23 @@ class _Load:
 def _shake_many(server: _Server, chip: SnpChip, count: int, rate: float | None) -> _Load:
     """`count` handshakes as fast as possible, or begun at a steady rate (each second)."""
     context = multiprocessing.get_context("fork")
-    begin = time.monotonic() + 0.3
-    busy = _processor_time(server.pid)
     running = []
     for number in range(_CLIENTS):
-        receiver, sender = context.Pipe(duplex=False)
-        times = [begin + index / rate if rate else begin for index in range(number, count, _CLIENTS)]
-        process = context.Process(target=_client, args=(server, chip, times, sender))
+        ours, theirs = context.Pipe()
+        due = [index / rate if rate else 0.0 for index in range(number, count, _CLIENTS)]
+        process = context.Process(target=_client, args=(server, chip, due, theirs))
         process.start()
-        sender.close()
-        running.append((process, receiver))
+        theirs.close()
+        running.append((process, ours))
+    for _, pipe in running:
+        pipe.recv()  # it is ready
+    busy, begin = _processor_time(server.pid), time.monotonic() + 0.05
+    for _, pipe in running:
+        pipe.send(begin)
     latencies: list[float] = []
     client = 0.0
-    for _, receiver in running:
-        taken, spent = receiver.recv()
+    for _, pipe in running:
+        taken, spent = pipe.recv()
         latencies += taken
         client += spent
     seconds = time.monotonic() - begin
@@ -144,20 +147,22 @@ def _shake_many(server: _Server, chip: SnpChip, count: int, rate: float | None) 
     return _Load(latencies, seconds, client * each, (_processor_time(server.pid) - busy) * each)
 
 
-def _client(server: _Server, chip: SnpChip, times: list[float], sender: Any) -> None:
-    """One client after the other, in a process of its own: threads of one process would wait for each other."""
+def _client(server: _Server, chip: SnpChip, due: list[float], pipe: Any) -> None:
+    """One handshake after the other, in a process of its own: threads of one process would wait for each other."""
     # A certificate that is not known to be a chip's would not be sent along.
     trust_authority(chip.authority)
     context = ssl.create_default_context(cafile=str(server.authority))
-    paced = times[0] != times[-1]
-    taken = []
-    for due in times:
-        time.sleep(max(0.0, due - time.monotonic()))
+    _handshake(server.port, context, chip)  # everything is loaded
+    pipe.send(None)
+    begin = pipe.recv()
+    busy, paced, taken = time.process_time(), due[-1] > 0, []
+    for offset in due:
+        time.sleep(max(0.0, begin + offset - time.monotonic()))
         # A handshake's latency counts from when it was to begin, so that waiting for a free client is not left out.
-        begun = due if paced else time.monotonic()
+        begun = begin + offset if paced else time.monotonic()
         _handshake(server.port, context, chip)
         taken.append(time.monotonic() - begun)
-    sender.send((taken, time.process_time()))
+    pipe.send((taken, time.process_time() - busy))
 
 
 def _handshake(port: int, context: ssl.SSLContext, chip: SnpChip) -> None:
@@ -169,6 +174,7 @@ def _handshake(port: int, context: ssl.SSLContext, chip: SnpChip) -> None:
         socket.create_connection(("127.0.0.1", port), timeout=30) as raw,
         context.wrap_socket(raw, server_hostname="127.0.0.1") as connection,
     ):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         hello = {"version": version, "tee": "snp", "extra-params": {}}
         challenge, cookie = _exchange(connection, "POST /kbs/v0/auth", hello, b"")
         nonce = challenge["nonce"]

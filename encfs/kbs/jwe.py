@@ -73,9 +73,9 @@ def encrypt(content: bytes | bytearray, key: PublicKey) -> dict[str, str]:
     header: dict[str, object] = {"alg": _ALGORITHMS[key.kind], "enc": _ENC}
     try:
         if isinstance(key.handle, ec.EllipticCurvePublicKey):
-            ephemeral = jwk.private_key(ec.generate_private_key(key.handle.curve))
-            header["epk"] = dict(sorted(jwk.public_members(ephemeral.public.handle).items()))
-            kek = agreed_kek(ephemeral.exchange(key))
+            ephemeral = ec.generate_private_key(key.handle.curve)
+            header["epk"] = dict(sorted(jwk.public_members(ephemeral.public_key()).items()))
+            kek = agreed_kek(ephemeral.exchange(ec.ECDH(), key.handle))
             wrapped = aes_key_wrap(kek, cek)
             wipe(kek)
         else:

@@ -26,6 +26,7 @@ from imagetool.broker import migrations
 LOCK_TIMEOUT = 5.0
 #: Seconds between attempts to begin a transaction of SQLite's.
 _LOCK_PAUSE = 0.0005
+_WAIT = f"PRAGMA busy_timeout = {int(LOCK_TIMEOUT * 1000)}"
 _CONNECT_TIMEOUT = 5
 #: Any number, the same in all brokers: what PostgreSQL's advisory lock is about ("encfs").
 _LOCK_KEY = 0x656E636673
@@ -69,6 +70,17 @@ class Database:
         """A connection for single statements that only read; each sees what is committed. Raises: StorageError."""
         with translated_database_errors(), self._reader.connect() as connection:
             yield connection
+
+    @contextmanager
+    def reading_at_once(self) -> Iterator[Connection]:
+        """As `reading`, of a file that nobody keeps from being read. Raises: StorageError instead of waiting for it."""
+        with self.reading() as connection:
+            raw: Any = connection.connection.driver_connection
+            raw.execute("PRAGMA busy_timeout = 0")
+            try:
+                yield connection
+            finally:
+                raw.execute(_WAIT)
 
     def now(self, connection: Connection) -> int:
         """Milliseconds since 1970 by the clock that all brokers of this database share."""
@@ -200,7 +212,7 @@ def _begin_sqlite(connection: Connection) -> None:
             else:
                 return
     finally:
-        raw.execute(f"PRAGMA busy_timeout = {int(LOCK_TIMEOUT * 1000)}")
+        raw.execute(_WAIT)
 
 
 def _revision(connection: Connection) -> str | None:

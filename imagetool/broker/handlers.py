@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -22,7 +23,7 @@ from sqlalchemy import Connection, bindparam, select, update
 
 from encfs.attestation.kbs import from_kbs_evidence, kind_of_tee
 from encfs.encoding import parse_digest
-from encfs.errors import EncfsError, FormatError, IntegrityError, RollbackError
+from encfs.errors import EncfsError, FormatError, IntegrityError, RollbackError, StorageError
 from encfs.kbs import jwe, protocol
 from encfs.kbs.resource import resource_document
 from encfs.keys.secrets import wipe
@@ -222,6 +223,11 @@ class Broker:
         return identity
 
     async def _read(self, query: Callable[[Connection], T]) -> T:
+        if self._database.is_sqlite:
+            # A file in memory: read before a thread would have begun to. One that is locked is waited for in a thread.
+            with suppress(StorageError), self._database.reading_at_once() as connection:
+                return query(connection)
+
         def work() -> T:
             with self._database.reading() as connection:
                 return query(connection)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import uvloop
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -45,7 +45,7 @@ class BoundedProtocol(HttpToolsProtocol):
     _received = _bound = 0
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
+        super().connection_made(cast(asyncio.Transport, _WholeAnswers(transport)))
         self._address = network(self.client[0]) if self.client else ""
         self._open[self._address] += 1
         if self._open[self._address] > self._most:
@@ -96,6 +96,36 @@ class BoundedProtocol(HttpToolsProtocol):
     def _too_late(self) -> None:
         self._deadline = None
         self.transport.abort()
+
+
+class _WholeAnswers:
+    """A transport that sends the head of an answer together with its body.
+
+    uvicorn writes them one after the other: two records of TLS, two packets, and a client that wakes up for the first.
+    """
+
+    def __init__(self, transport: Any) -> None:
+        self._transport, self._head = transport, b""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if self._head or not _is_head(data):
+            self._transport.write(self._head + data)
+            self._head = b""
+        else:
+            self._head = data
+
+    def close(self) -> None:
+        if self._head:  # of an answer whose body failed
+            self._transport.write(self._head)
+        self._transport.close()
+
+
+def _is_head(data: bytes) -> bool:
+    """Whether an answer goes on behind it: the first of the two writes, and no `100 Continue`."""
+    return data.endswith(b"\r\n\r\n") and not data.startswith(b"HTTP/1.1 100 ")
 
 
 def bounded_protocol(connections: int) -> type[BoundedProtocol]:

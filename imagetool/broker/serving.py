@@ -121,6 +121,7 @@ def serve(opened: OpenedBroker, options: ServeOptions, listener: socket.socket, 
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(_WANTED_FILES, hard), hard))
     # Connections to a database do not survive a fork: each worker makes its own.
     opened.database.close()
+    _load_what_workers_need()
     gc.collect()
     gc.freeze()
     workers: set[int] = set()
@@ -134,6 +135,15 @@ def serve(opened: OpenedBroker, options: ServeOptions, listener: socket.socket, 
             time.sleep(_RESTART_PAUSE)
     finally:
         _end(workers)
+
+
+def _load_what_workers_need() -> None:
+    """Before the fork, so that all of them share it; not before the listening address was told."""
+    import prometheus_client  # noqa: F401
+    import uvicorn  # noqa: F401
+
+    import imagetool.broker.app
+    import imagetool.broker.httpbounds  # noqa: F401
 
 
 def _cause(status: int) -> str:

@@ -42,7 +42,7 @@ class Writer:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._jobs: queue.Queue[_Job | None] = queue.Queue(_QUEUE)
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="broker-writer", daemon=True)
         self._thread.start()
 
@@ -52,14 +52,17 @@ class Writer:
         Raises: what the operation raises, nothing of it being written then; StorageError where the database cannot be
         used, or did not answer in time: it is then unknown whether it was written.
         """
+        late = StorageError("the broker's database does not answer in time", hint="try again")
+        if self._jobs.qsize() >= _QUEUE:
+            raise late
         loop = asyncio.get_running_loop()
         job = _Job(operation, durable, loop, loop.create_future())
+        self._jobs.put(job)
         try:
-            self._jobs.put_nowait(job)
             async with asyncio.timeout(_TIMEOUT):
                 outcome: T = await job.outcome
-        except (queue.Full, TimeoutError):
-            raise StorageError("the broker's database does not answer in time", hint="try again") from None
+        except TimeoutError:
+            raise late from None
         return outcome
 
     def close(self) -> None:
