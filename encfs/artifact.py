@@ -31,6 +31,7 @@ from encfs.keys.payload import Payload, parse_payload
 from encfs.keys.providers import BoundProvider, KeyProvider
 from encfs.keys.secrets import wipe
 from encfs.oci.blobs import MAX_MANIFEST_SIZE, Blob, BlobSource, Descriptor, RawManifest
+from encfs.tracing import span
 from encfs.trust import Origin, TrustPolicy, check_binding, check_trust
 
 #: Volumes whose trees are asked for at the same time.
@@ -185,12 +186,17 @@ def open_payload(
     if not keys:
         raise MissingKeyError("no key was given to open the artifact", hint="pass -k KEYURI, for example -k owner.jwk")
 
+    used: list[str] = []
+
     def accept(provider: KeyProvider) -> None:
         loaded.check_key(provider)
+        used.append(provider.uri)
         if opened_by is not None:
             opened_by(provider)
 
-    content = loaded.keyring.open(keys, accept)
+    with span("key.release") as traced:
+        content = loaded.keyring.open(keys, accept)
+        traced["encfs.key.provider"] = used[-1].partition(":")[0]
     try:
         return parse_payload(content, loaded.content.payload_commitment)
     finally:

@@ -15,6 +15,7 @@ import typer
 from encfs.commandline import size_option, value_option
 from encfs.errors import UsageError
 from encfs.terminal import Terminal
+from encfs.tracing import span
 
 if TYPE_CHECKING:
     from encfs.artifact import Artifact
@@ -304,7 +305,7 @@ def opened_artifact(
     policy = trust.policy() if isinstance(trust, TrustOptions) else trust
     wanted = chosen_platform(platform)
     with keys.providers() as providers, opened_source(reference, registry) as source, ExitStack() as stack:
-        with loaded_meanwhile(meanwhile) if meanwhile is not None else nullcontext():
+        with loaded_meanwhile(meanwhile) if meanwhile is not None else nullcontext(), span("artifact.open") as traced:
             if served is None:
                 document = source.document()
                 manifest = choose_manifest(source, document, wanted)
@@ -323,6 +324,7 @@ def opened_artifact(
                     manifest=manifest,
                 )
             )
+            traced["encfs.volumes"] = len(artifact.volumes)
         # An index is signed by nobody: what it says of platforms has to be what the image says.
         if platform is not None or by_platform:
             check_image_platform(artifact, wanted)

@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
+from encfs import tracing
 from encfs.errors import EncfsError, MountError
 from encfs.mount.background import Report, run_in_background
 from encfs.mount.client import clear_leftovers, is_abandoned
@@ -144,6 +145,7 @@ def _run(plan: MountPlan, on_ready: OnReady) -> MountStatus:
     from encfs.mount.session import Session
 
     with ExitStack() as stack:
+        stack.callback(tracing.finish)
         socket_file = socket_path(runtime_directory(), plan.mountpoint)
         stack.callback(socket_file.unlink, missing_ok=True)
         server = None

@@ -27,6 +27,7 @@ from encfs.mount.listing import Listings
 from encfs.mount.metrics import ReadTimes
 from encfs.mount.reading import ImageContents, NotAtHandError
 from encfs.mount.workers import Workers
+from encfs.tracing import note_read
 
 #: Seconds for which the kernel may keep names and attributes: thirty years. It would take the largest doubles amiss.
 _FOREVER = 1e9
@@ -202,7 +203,7 @@ class ImageFilesystem(pyfuse3.Operations):
         started = time.perf_counter()
         try:
             data = self._contents.read_now(fh, off, size)
-            self.times.observe(time.perf_counter() - started)
+            self._note_read(started, size)
             return data  # noqa: TRY300 - the usual end
         except NotAtHandError:
             pass
@@ -217,11 +218,16 @@ class ImageFilesystem(pyfuse3.Operations):
             raise
         finally:
             self.times.end(waiting)
-            self.times.observe(time.perf_counter() - started)
+            self._note_read(started, size)
         # Free again: the reply is sent before this thread runs another handler (pyfuse3's fuse_read_async). Where the
         # call was cancelled instead, its thread may still write to the buffer, and nobody gets it any more.
         self._contents.return_buffer(buffer)
         return data
+
+    def _note_read(self, started: float, size: int) -> None:
+        seconds = time.perf_counter() - started
+        self.times.observe(seconds)
+        note_read(seconds, size)
 
     async def release(self, fh: int) -> None:
         return

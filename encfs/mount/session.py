@@ -23,6 +23,7 @@ from pathlib import Path
 import pyfuse3
 import trio
 
+from encfs import tracing
 from encfs.errors import EncfsError, MountError
 from encfs.mount import control, health, polling
 from encfs.mount.assembly import Recipe, assemble_apart, attach_at, open_fuse
@@ -256,6 +257,7 @@ class Session:
             if not seen:
                 # Mounted where this process does not look: that the kernel was answered is all that can be told.
                 self._announce_ready()
+                await self._trace()
                 return
             with trio.fail_after(_ANSWER_TIMEOUT):
                 device = await trio.to_thread.run_sync(_check_answers, place, abandon_on_cancel=True)
@@ -276,6 +278,13 @@ class Session:
         read_ahead = min((size for size in sizes if size), default=0)
         self._base = replace(self._base, read_ahead=read_ahead)
         self._announce_ready()
+        await self._trace()
+
+    async def _trace(self) -> None:
+        """Begin to send traces, where they are asked for: now that nobody waits for this process any more."""
+        if tracing.is_wanted():
+            about = {"encfs.content_digest": self._plan.content_digest, "encfs.reference": self._plan.reference}
+            await trio.to_thread.run_sync(tracing.start, about, abandon_on_cancel=True)
 
     def _announce_ready(self) -> None:
         # What has lived until now lives to the end: the collector need not look at it again. Nor now, since somebody

@@ -32,6 +32,7 @@ from encfs.oci.http import (
 from encfs.oci.options import StoreOptions
 from encfs.oci.reference import DEFAULT_REGISTRY
 from encfs.oci.retry import Patience
+from encfs.tracing import span
 
 # oras checks with it what it uploads by itself, which we never ask for; it takes longer to load than the rest of oras.
 with deferred("jsonschema"):
@@ -121,6 +122,22 @@ class Client(oras.provider.Registry):
             raise TransportError(f"{self.registry} names an address without TLS, {urlsplit(url).netloc}: refused")
         body = _as_body(data)
         patience = patience or self.patience()
+        # Neither path nor query: they may hold what lets others in.
+        with span("registry.request", **{"http.request.method": method, "server.address": self.registry}) as traced:
+            response = self._exchange(url, method, body, headers, stream=stream, patience=patience)
+            traced["http.response.status_code"] = response.status_code
+            return response
+
+    def _exchange(
+        self,
+        url: str,
+        method: str,
+        body: Body | None,
+        headers: Mapping[str, str] | None,
+        *,
+        stream: bool,
+        patience: Patience,
+    ) -> requests.Response:
         purpose = purpose_of(method, url)
         answers = 0
         while True:
