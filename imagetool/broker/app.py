@@ -58,8 +58,8 @@ def make_app(broker: Broker, limits: Limits, metrics: Metrics, *, secure: bool) 
         Route(f"{protocol.PREFIX}/attest", api.step("attest", api.attest), methods=["POST"]),
         Route(_RESOURCES + "{path:path}", api.step("resource", api.resource), methods=["GET"]),
         Route("/healthz", api.health, methods=["GET"]),
-        Route("/readyz", api.readiness, methods=["GET"]),
-        Route("/metrics", api.exposition, methods=["GET"]),
+        Route("/readyz", api.step("ready", api.readiness), methods=["GET"]),
+        Route("/metrics", api.step("metrics", api.exposition), methods=["GET"]),
     ]
     return Starlette(routes=routes, lifespan=api.lifespan, exception_handlers={HTTPException: _unknown})
 

@@ -57,7 +57,7 @@ def test_genuine(name: str, options: tuple[str, ...], kind: str) -> None:
         ("tpm/evidence.json", (), ["missing"]),
         ("azure/snp-evidence-v1.json", (*THEN, "--report-data", "00"), ["report-data"]),
         ("azure/snp-evidence-v1.json", (*THEN, "--kind", "snp"), ["kind"]),
-        ("azure/snp-evidence-v1.json", (*THEN, "--pcr", f"4={'00' * 32}"), ["pcr"]),
+        ("azure/snp-evidence-v1.json", (*THEN, "--pcr", f"4={'00' * 32}"), ["measurement", "pcr"]),
         ("azure/snp-evidence-v1.json", (*THEN, "--tcb-floor", "microcode=255"), ["tcb", "tcb"]),
         ("snp/report-vlek.bin", ("--chain", str(FIXTURES / "snp" / "vlek.der"), *THEN), ["vmpl"]),
         ("sgx/quote-occlum.dat", BARE, ["debug"]),

@@ -406,6 +406,7 @@ def test_rates_of_one_address(tmp_path: Path) -> None:
     with serving(directory) as broker:
         answers = [Handshake(broker.url, broker.ca).auth() for _ in range(14)]
         assert {answer.status for answer in answers} == {200, 429}
+        assert 429 in {Handshake(broker.url, broker.ca).request("GET", "/metrics").status for _ in range(14)}
         # The client waits and gets its key.
         assert unwrapped(broker.uri(), directory)
 
