@@ -5,8 +5,8 @@
 3. The vault (`/keys/NAME/release`) checks the token against the key's release policy, and wraps the key: an AES key
    under RSA-OAEP, the key itself under that AES key (RFC 5649, CKM_RSA_AES_KEY_WRAP).
 
-For container groups on Azure (ACI and AKS), which have an SNP device. Virtual machines attest through their vTPM, by a
-protocol of Microsoft's guest attestation library that is not spoken here. Sources: Microsoft's REST references of both
+For container groups on Azure (ACI and AKS), which have an SNP device; virtual machines attest through their vTPM
+(`guest.py`). Sources: Microsoft's REST references of both
 services; microsoft/confidential-sidecar-containers, pkg/attest and pkg/skr.
 """
 
@@ -23,12 +23,12 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.hashes import SHA1, SHA256, SHA384, HashAlgorithm
-from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap_with_padding
 
 from encfs.attestation.collect.sources import Source
-from encfs.encoding import b64url_decode, b64url_encode
+from encfs.encoding import b64url_encode
 from encfs.errors import FormatError, KeyProviderError
 from encfs.skr import CONTEXT_VARIABLE
+from encfs.skr.release import MAA, Release, ask_maa, ask_vault
 from encfs.skr.service import ask, text_member
 from encfs.strictjson import loads_object
 from encfs.webclient import Address, Deadline
@@ -37,16 +37,8 @@ from encfs.webclient import Address, Deadline
 _CERTIFICATES, _ENDORSEMENT, _POLICY = "host-amd-cert-base64", "reference-info-base64", "security-policy-base64"
 _MAX_CONTEXT_FILE = 1 << 20
 
-_MAA_VERSION, _AKV_VERSION = "2020-10-01", "7.4"
 _RSA_BITS = 2048
-#: What the vault is asked to wrap with; it may answer with another that is known.
-_WRAPPING = "RSA_AES_KEY_WRAP_256"
-_HASHES: Mapping[str, type[HashAlgorithm]] = {
-    "CKM_RSA_AES_KEY_WRAP": SHA1,
-    "RSA_AES_KEY_WRAP_256": SHA256,
-    "RSA_AES_KEY_WRAP_384": SHA384,
-}
-_VAULT, _MAA = "Azure Key Vault", "Microsoft Azure Attestation"
+_HASHES: Mapping[str, type[HashAlgorithm]] = {"sha1": SHA1, "sha256": SHA256, "sha384": SHA384}
 _IDENTITY_PATH = "/metadata/identity/oauth2/token?api-version=2018-02-01&resource=https%3A%2F%2Fvault.azure.net"
 
 
@@ -95,17 +87,7 @@ def access_token(metadata_service: Address, *, deadline: Deadline) -> str:
     return text_member(answer, "access_token", service)
 
 
-def release(
-    vault: Address,
-    attestation: Address,
-    name: str,
-    *,
-    source: Source,
-    context: Context,
-    token: str,
-    deadline: Deadline,
-    ca_file: str | None = None,
-) -> tuple[str, bytearray]:
+def release(wanted: Release, *, source: Source, context: Context) -> tuple[str, bytearray]:
     """The released key: its type (`oct`, `RSA`, `EC`) and its bytes (raw, or PKCS#8 in DER), which the caller wipes.
 
     Raises: KeyRefusedError where MAA or the release policy refuses; KeyProviderError, AttestationError.
@@ -124,22 +106,13 @@ def release(
         "initTimeData": {"data": b64url_encode(context.policy), "dataType": "JSON"},
         "nonce": int.from_bytes(os.urandom(7)),
     }
-    path = f"/attest/SevSnpVM?api-version={_MAA_VERSION}"
-    attested = ask(attestation, "POST", path, request, deadline=deadline, service=_MAA, ca_file=ca_file)
-    released = ask(
-        vault,
-        "POST",
-        f"/keys/{name}/release?api-version={_AKV_VERSION}",
-        {"target": text_member(attested, "token", _MAA), "enc": _WRAPPING},
-        deadline=deadline,
-        service=_VAULT,
-        ca_file=ca_file,
-        headers={"Authorization": f"Bearer {token}"},
-    )
-    try:
-        return _unwrapped(text_member(released, "value", _VAULT), private)
-    except FormatError as error:
-        raise KeyProviderError(f"{_VAULT} released something that is no wrapped key: {error.message}") from None
+    attested = ask_maa(wanted, "SevSnpVM", request)
+
+    def decrypt(data: bytes, digest: str) -> bytes:
+        algorithm = _HASHES[digest]
+        return private.decrypt(data, padding.OAEP(padding.MGF1(algorithm()), algorithm(), label=None))
+
+    return ask_vault(wanted, text_member(attested, "token", MAA), decrypt, key_size=_RSA_BITS)
 
 
 def _runtime_data(key: rsa.RSAPublicKey) -> bytes:
@@ -150,33 +123,3 @@ def _runtime_data(key: rsa.RSAPublicKey) -> bytes:
     thumbprint = hashlib.sha256(f'{{"e":"AQAB","kty":"RSA","n":"{n}"}}'.encode()).digest()
     jwk = {"kty": "RSA", "key_ops": ["encrypt"], "kid": b64url_encode(thumbprint), "n": n, "e": "AQAB"}
     return json.dumps({"keys": [jwk]}, separators=(",", ":")).encode()
-
-
-def _unwrapped(value: str, private: rsa.RSAPrivateKey) -> tuple[str, bytearray]:
-    """The key in a release (a JWS; who made it is known by the connection). Raises: FormatError."""
-    parts = value.split(".")
-    if len(parts) != 3:
-        raise FormatError("it is no JWS")
-    payload = loads_object(b64url_decode(parts[1], "its payload"), limit=1 << 20, what="its payload")
-    key = _member(_member(_member(payload, "response"), "key"), "key")
-    kind = str(key.get("kty")).removesuffix("-HSM")
-    wrapped = loads_object(b64url_decode(key.get("key_hsm"), "key_hsm"), limit=1 << 20, what="key_hsm")
-    algorithm = _member(wrapped, "header").get("enc")
-    digest = _HASHES.get(algorithm) if isinstance(algorithm, str) else None
-    if digest is None:
-        raise FormatError(f"it is wrapped by {ascii(algorithm)[:40]}, which is not known")
-    content = b64url_decode(wrapped.get("ciphertext"), "ciphertext")
-    size = private.key_size // 8
-    scheme = padding.OAEP(padding.MGF1(digest()), digest(), label=None)
-    try:
-        aes = private.decrypt(content[:size], scheme)
-        return kind, bytearray(aes_key_unwrap_with_padding(aes, content[size:]))
-    except (ValueError, InvalidUnwrap):
-        raise FormatError("it does not open with the key that was attested") from None
-
-
-def _member(document: Mapping[str, object], name: str) -> Mapping[str, object]:
-    value = document.get(name)
-    if not isinstance(value, dict):
-        raise FormatError(f"it has no {name}")
-    return value

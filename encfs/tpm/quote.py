@@ -62,10 +62,15 @@ class Quote:
 
     def raw_signature(self) -> bytes:
         """The RSA signature without what the TPM says of it. Raises: KeyProviderError for other keys."""
-        scheme, digest, size = struct.unpack_from(">HHH", self.signature)
-        if (scheme, digest) != (_RSASSA, _SHA256) or len(self.signature) != 6 + size:
-            raise KeyProviderError("the attestation key does not sign with RSA (RSASSA, SHA-256)")
-        return self.signature[6:]
+        return raw_rsa_signature(self.signature)
+
+
+def raw_rsa_signature(signature: bytes) -> bytes:
+    """Of a TPMT_SIGNATURE. Raises: KeyProviderError where it is none of RSASSA with SHA-256."""
+    scheme, digest, size = struct.unpack_from(">HHH", signature)
+    if (scheme, digest) != (_RSASSA, _SHA256) or len(signature) != 6 + size:
+        raise KeyProviderError("the attestation key does not sign with RSA (RSASSA, SHA-256)")
+    return signature[6:]
 
 
 def create_attestation_key() -> TpmObject:
@@ -99,7 +104,7 @@ def collect_tpm_evidence(
     selected = sorted(set(pcrs))
     if isinstance(ak, int):
         with opened_storage() as storage:
-            return _quote_with_handle(storage, ak, _qualifying(report_data), bank, selected).evidence()
+            return quote_with_handle(storage, ak, _qualifying(report_data), bank, selected).evidence()
     found = load_object(ak)
     public = attestation_public_key(found)
     with opened_storage(found.srk_name, found.srk_handle) as storage, storage.loaded(found) as key:
@@ -120,17 +125,18 @@ def collect_azure_evidence(
     Raises: KeyProviderError where this is no such machine or the TPM cannot be used.
     """
     with opened_storage() as storage:
-        report = _azure_report(storage)
-        return report, _quote_with_handle(storage, AZURE_AK_HANDLE, report_data, "sha256", sorted(set(pcrs)))
+        report = azure_report(storage)
+        return report, quote_with_handle(storage, AZURE_AK_HANDLE, report_data, "sha256", sorted(set(pcrs)))
 
 
 def read_azure_report() -> bytes:
     """That report alone. Raises: as `collect_azure_evidence`."""
     with opened_storage() as storage:
-        return _azure_report(storage)
+        return azure_report(storage)
 
 
-def _azure_report(storage: Storage) -> bytes:
+def azure_report(storage: Storage) -> bytes:
+    """The paravisor's report. Raises: KeyProviderError where this is no such machine."""
     return read_nv(storage, AZURE_REPORT_INDEX, "the report of an Azure confidential VM")
 
 
@@ -158,7 +164,8 @@ def read_nv(storage: Storage, index: int, what: str) -> bytes:
     return content
 
 
-def _quote_with_handle(storage: Storage, handle: int, qualifying: bytes, bank: str, selected: list[int]) -> Quote:
+def quote_with_handle(storage: Storage, handle: int, qualifying: bytes, bank: str, selected: list[int]) -> Quote:
+    """A quote by a persistent key. Raises: KeyProviderError."""
     absent = KeyProviderError(
         f"no attestation key is at {handle:#010x}",
         hint="make one with encfs attest enrol, and name its file",

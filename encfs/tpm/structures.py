@@ -55,6 +55,8 @@ STORAGE_ATTRIBUTES = _FIXED | _ORIGIN | _USER_AUTH | _NO_DA | _RESTRICTED | _DEC
 #: What a storage root key that somebody else made must have set at least.
 STORAGE_ATTRIBUTES_NEEDED = _FIXED | _ORIGIN | _RESTRICTED | _DECRYPT
 ATTESTATION_ATTRIBUTES = _FIXED | _ORIGIN | _USER_AUTH | _NO_DA | _RESTRICTED | _SIGN
+# Without adminWithPolicy: it is certified by its (empty) password, and used by its policy.
+TRANSPORT_ATTRIBUTES = _FIXED | _ORIGIN | _NO_DA | _DECRYPT
 _AUTHORIZER_ATTRIBUTES = _USER_AUTH | _SIGN
 
 _NONE = struct.pack(">H", _ALG_NULL)
@@ -105,6 +107,11 @@ def resident_key(kind: str, policy: bytes, *unique: bytes) -> bytes:
 def attestation_key(n: bytes = b"") -> bytes:
     """An RSA-2048 key that signs (RSASSA, SHA-256) only what the TPM itself states."""
     return _rsa(ATTESTATION_ATTRIBUTES, b"", _RSASSA_SHA256, 2048, n)
+
+
+def transport_key(policy: bytes, n: bytes) -> bytes:
+    """An RSA-2048 key that is used only under `policy`, with the scheme that each use names. `n` may be random."""
+    return _rsa(TRANSPORT_ATTRIBUTES, policy, _NONE, 2048, n)
 
 
 def authorizer(key: ec.EllipticCurvePublicKey) -> bytes:

@@ -62,9 +62,23 @@ class Azure:
         if report.report_data[:32] != hashlib.sha256(runtime).digest():
             return 400, {"error": {"code": "InvalidParameter", "message": "the runtime data is not the report's"}}
         claims = {"x-ms-runtime": json.loads(runtime), "x-ms-sevsnpvm-hostdata": hashlib.sha256(policy).hexdigest()}
+        return 200, {"token": self.token(claims)}
+
+    def token(self, claims: dict[str, Any]) -> str:
         head = encode(json.dumps({"alg": "RS256"}).encode())
         signed = f"{head}.{encode(json.dumps(claims).encode())}"
-        return 200, {"token": f"{signed}.{encode(self.signer.sign(signed.encode(), padding.PKCS1v15(), SHA256()))}"}
+        return f"{signed}.{encode(self.signer.sign(signed.encode(), padding.PKCS1v15(), SHA256()))}"
+
+    def attest_guest(self, request: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Of virtual machines: `azure_guest`."""
+        return 404, {"error": {"code": "NotFound", "message": str(sorted(request))}}
+
+    def certification(self) -> dict[str, str]:
+        """What the metadata service has for this machine."""
+        return {}
+
+    def td_quote(self, _request: dict[str, Any]) -> dict[str, str]:
+        return {}
 
     def release(self, name: str, request: dict[str, Any], authorization: str | None) -> tuple[int, dict[str, Any]]:
         if authorization != f"Bearer {self.identity}":
@@ -107,6 +121,9 @@ class Azure:
 
 class _Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
+        if self.path == "/metadata/THIM/amd/certification":
+            self._answer(200, self._azure.certification())
+            return
         good = self.path.startswith("/metadata/identity/oauth2/token?") and self.headers["Metadata"] == "true"
         self._answer(*((200, {"access_token": self._azure.identity}) if good else (400, {"error": "bad request"})))
 
@@ -115,6 +132,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         if path == "/attest/SevSnpVM":
             self._answer(*self._azure.attest(request))
+        elif path == "/attest/AzureGuest":
+            self._answer(*self._azure.attest_guest(request))
+        elif path == "/acc/tdquote":
+            self._answer(200, self._azure.td_quote(request))
         elif path == "/key/release":
             self._answer(*self._azure.from_sidecar(request))
         else:

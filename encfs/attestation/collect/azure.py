@@ -69,7 +69,7 @@ def collect_evidence(report_data: bytes, *, service: Address = METADATA_SERVICE)
     if hcl.kind is EvidenceKind.AZURE_SNP_VTPM:
         document["vcek"] = b64_urlsafe_padded(_certificate(service))
     else:
-        document["td_quote"] = b64_urlsafe_padded(_td_quote(service, hcl))
+        document["td_quote"] = b64_urlsafe_padded(td_quote(service, hcl))
     return Evidence(hcl.kind, json.dumps(document).encode())
 
 
@@ -89,7 +89,17 @@ def _certificate(service: Address) -> bytes:
         raise AttestationError("the metadata service gives no VCEK certificate") from None
 
 
-def _td_quote(service: Address, hcl: HclReport) -> bytes:
+def certificate_chain(service: Address) -> str:
+    """The chip's certificate and those above it, PEM, as the host has them. Raises: AttestationError."""
+    answer = _asked(service, "GET", _CERTIFICATE_PATH, None)
+    leaf, above = (answer.get(name) for name in ("vcekCert", "certificateChain"))
+    if not isinstance(leaf, str) or not isinstance(above, str | None):
+        raise AttestationError("the metadata service gives no VCEK certificate")
+    return leaf + (above or "")
+
+
+def td_quote(service: Address, hcl: HclReport) -> bytes:
+    """Intel's quote over the report of a TD. Raises: AttestationError."""
     answer = _asked(service, "POST", _QUOTE_PATH, {"report": b64url_encode(hcl.hardware_report)})
     try:
         return parse_b64_urlsafe(answer.get("quote"), "the TDX quote of the metadata service")

@@ -5,7 +5,7 @@
 | `akv=HOST` | the vault (or managed HSM), such as `acme.vault.azure.net` |
 | `maa=HOST` | the instance of Microsoft Azure Attestation that the key's release policy names |
 | `port=N` | where the sidecar listens on loopback, 8080 by default |
-| `direct=yes` | without a sidecar, in a confidential container group of Azure's |
+| `direct=yes` | without a sidecar, in a confidential container group or virtual machine of Azure's |
 | `token-file=FILE` | with `direct`: an access token for the vault, instead of the machine's managed identity |
 | `ca=FILE` | with `direct`: the authorities of both services' certificates, instead of the system's |
 
@@ -108,26 +108,24 @@ class SkrProvider:
             wipe(content)
 
     def _direct(self) -> PrivateKey | SymmetricKey:
-        from encfs.attestation.collect.azure import METADATA_SERVICE
-        from encfs.attestation.collect.sources import evidence_source
-        from encfs.skr import direct
+        from encfs.attestation.collect.azure import METADATA_SERVICE, is_azure
+        from encfs.attestation.collect.sources import event_log, evidence_source
+        from encfs.skr import direct, guest
+        from encfs.skr.release import Release
 
-        request, deadline = self._request, Deadline(TIMEOUT)
-        context = direct.load_context()
+        request, machine, deadline = self._request, self._machine, Deadline(TIMEOUT)
+        service = machine.metadata_service or METADATA_SERVICE
+        in_machine = not os.environ.get(CONTEXT_VARIABLE) and is_azure(machine.chassis)
+        context = None if in_machine else direct.load_context()
         if request.token_file is not None:
             token = _token(request.token_file)
         else:
-            token = direct.access_token(self._machine.metadata_service or METADATA_SERVICE, deadline=deadline)
-        kind, content = direct.release(
-            request.vault,
-            request.attestation,
-            request.name,
-            source=evidence_source("snp", machine=self._machine),
-            context=context,
-            token=token,
-            deadline=deadline,
-            ca_file=request.ca_file,
-        )
+            token = direct.access_token(service, deadline=deadline)
+        wanted = Release(request.vault, request.attestation, request.name, token, deadline, request.ca_file)
+        if context is not None:
+            kind, content = direct.release(wanted, source=evidence_source("snp", machine=machine), context=context)
+        else:
+            kind, content = guest.release(wanted, event_log=event_log(machine), metadata_service=service)
         try:
             return _plain_key(kind, content, self.uri)
         finally:
