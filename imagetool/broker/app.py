@@ -71,7 +71,6 @@ class _Api:
 
     @asynccontextmanager
     async def lifespan(self, _app: Starlette) -> AsyncIterator[None]:
-        await self._purge()  # before the first request: it looks at the database's clock
         purging = asyncio.create_task(self._keep_purging())
         try:
             yield
@@ -83,8 +82,8 @@ class _Api:
 
     async def _keep_purging(self) -> None:
         while True:
-            await asyncio.sleep(_PURGE_INTERVAL)
             await self._purge()
+            await asyncio.sleep(_PURGE_INTERVAL)
 
     async def _purge(self) -> None:
         try:

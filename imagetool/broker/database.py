@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ _CONNECT_TIMEOUT = 5
 #: Any number, the same in all brokers: what PostgreSQL's advisory lock is about ("encfs").
 _LOCK_KEY = 0x656E636673
 _READING = "encfs_reading"
+_FOR_READING: Mapping[str, Any] = {"isolation_level": "AUTOCOMMIT", _READING: True}
 _SQLITE_LOCKED = ("database is locked", "database table is locked")
 _FULL = ("disk is full", "No space left", "could not extend file")
 
@@ -42,7 +43,8 @@ class Database:
         self.url = url
         self.is_sqlite = url.get_backend_name() == "sqlite"
         self._engine = _engine(url)
-        self._reader = self._engine.execution_options(isolation_level="AUTOCOMMIT", **{_READING: True})
+        self._reader = self._engine.execution_options(**_FOR_READING)
+        self._unwaiting = _engine(url, wait=0).execution_options(**_FOR_READING) if self.is_sqlite else self._reader
 
     @contextmanager
     def transaction(self, *, durable: bool = True) -> Iterator[Connection]:
@@ -73,14 +75,9 @@ class Database:
 
     @contextmanager
     def reading_at_once(self) -> Iterator[Connection]:
-        """As `reading`, of a file that nobody keeps from being read. Raises: StorageError instead of waiting for it."""
-        with self.reading() as connection:
-            raw: Any = connection.connection.driver_connection
-            raw.execute("PRAGMA busy_timeout = 0")
-            try:
-                yield connection
-            finally:
-                raw.execute(_WAIT)
+        """As `reading`, of SQLite alone. Raises: StorageError instead of waiting where somebody locks the file."""
+        with translated_database_errors(), self._unwaiting.connect() as connection:
+            yield connection
 
     def now(self, connection: Connection) -> int:
         """Milliseconds since 1970 by the clock that all brokers of this database share."""
@@ -113,6 +110,7 @@ class Database:
 
     def close(self) -> None:
         self._engine.dispose()
+        self._unwaiting.dispose()
 
 
 def parse_url(text_: str, directory: Path) -> URL:
@@ -152,7 +150,7 @@ def _translate(error: DBAPIError) -> StorageError:
     return StorageError(f"the broker's database cannot be used: {said}", hint="check its address, disk and permissions")
 
 
-def _engine(url: URL) -> Engine:
+def _engine(url: URL, wait: float = LOCK_TIMEOUT) -> Engine:
     if url.get_backend_name() != "sqlite":
         try:
             return create_engine(
@@ -163,6 +161,11 @@ def _engine(url: URL) -> Engine:
                 hide_parameters=True,
                 connect_args={
                     "connect_timeout": _CONNECT_TIMEOUT,
+                    # A host that vanished is noticed.
+                    "keepalives_idle": 5,
+                    "keepalives_interval": 2,
+                    "keepalives_count": 3,
+                    "tcp_user_timeout": 10_000,
                     "options": f"-c lock_timeout={int(LOCK_TIMEOUT * 1000)} -c statement_timeout=30000",
                 },
             )
@@ -176,7 +179,7 @@ def _engine(url: URL) -> Engine:
         max_overflow=12,
         pool_timeout=LOCK_TIMEOUT,
         hide_parameters=True,
-        connect_args={"timeout": LOCK_TIMEOUT, "check_same_thread": False},
+        connect_args={"timeout": wait, "check_same_thread": False},
     )
     event.listen(engine, "connect", _prepare_sqlite)
     event.listen(engine, "begin", _begin_sqlite)

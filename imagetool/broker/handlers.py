@@ -40,7 +40,7 @@ from imagetool.broker.state import State
 from imagetool.broker.tables import RESOURCES, SESSIONS, STATE, VERSIONS
 from imagetool.broker.tickets import read_cookie, read_token, write_cookie, write_token
 from imagetool.broker.vault import SealedRow, Vault
-from imagetool.broker.writer import Writer
+from imagetool.broker.writer import TIMEOUT, Writer, too_late
 
 _MAX_DETAIL = 400
 #: How often a decision is made anew because the owner changed something in between.
@@ -232,7 +232,15 @@ class Broker:
             with self._database.reading() as connection:
                 return query(connection)
 
-        return await asyncio.get_running_loop().run_in_executor(self._readers, work)
+        return await self._in_thread(work)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        """Raises: StorageError where the database does not answer in time, too; the thread goes on waiting for it."""
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                return await asyncio.get_running_loop().run_in_executor(self._readers, work)
+        except TimeoutError:
+            raise too_late() from None
 
     async def _state(self, epoch: int | None = None) -> State:
         """The state of the epoch that the database says it is in; of the last one known where it was not asked.
@@ -242,7 +250,7 @@ class Broker:
         known = self._known
         if known is not None and epoch in (None, known.epoch):
             return known
-        return await asyncio.get_running_loop().run_in_executor(self._readers, self._load_state)
+        return await self._in_thread(self._load_state)
 
     def _load_state(self) -> State:
         with self._lock:

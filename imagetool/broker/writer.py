@@ -21,7 +21,7 @@ T = TypeVar("T")
 #: Most operations in one transaction.
 _BATCH = 64
 #: Seconds after which a request gives up; longer than the database waits for a lock.
-_TIMEOUT = 15.0
+TIMEOUT = 15.0
 _QUEUE = 1024
 
 
@@ -35,6 +35,10 @@ class _Job:
 
 #: A job, its value, and why it has none.
 _Outcome = tuple[_Job, Any, BaseException | None]
+
+
+def too_late() -> StorageError:
+    return StorageError("the broker's database does not answer in time", hint="try again")
 
 
 class Writer:
@@ -52,23 +56,22 @@ class Writer:
         Raises: what the operation raises, nothing of it being written then; StorageError where the database cannot be
         used, or did not answer in time: it is then unknown whether it was written.
         """
-        late = StorageError("the broker's database does not answer in time", hint="try again")
         if self._jobs.qsize() >= _QUEUE:
-            raise late
+            raise too_late()
         loop = asyncio.get_running_loop()
         job = _Job(operation, durable, loop, loop.create_future())
         self._jobs.put(job)
         try:
-            async with asyncio.timeout(_TIMEOUT):
+            async with asyncio.timeout(TIMEOUT):
                 outcome: T = await job.outcome
         except TimeoutError:
-            raise late from None
+            raise too_late() from None
         return outcome
 
     def close(self) -> None:
         """Finish what is waiting, and end the thread. Not for the event loop's thread."""
         self._jobs.put(None)
-        self._thread.join(2 * _TIMEOUT)
+        self._thread.join(2 * TIMEOUT)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:

@@ -109,6 +109,20 @@ def test_without_a_session(client: Handshake) -> None:
     assert client.resource().status == 401
 
 
+def test_cookies_that_no_broker_wrote(broker: Served, client: Handshake) -> None:
+    client.begin()
+    name, _, value = client.cookie.partition("=")
+    message = client.message()
+    altered = [value[:at] + ("A" if value[at] != "A" else "B") + value[at + 1 :] for at in range(0, len(value), 5)]
+    for wrong in (*altered, "", "A" * 43, "A" * 512, value[:-1], value[1:], value + "A", value[:-43], "x y", "é"):
+        client.cookie = f"{name}={wrong}"
+        answer = client.attest(message)
+        assert (answer.status, answer.kind) == (401, "SessionNotFound"), wrong
+        assert client.resource().kind == "SessionNotFound", wrong
+    client.cookie = f"{name}={value}"
+    assert client.attest(message).status == 200
+
+
 def test_a_nonce_is_used_once(client: Handshake) -> None:
     client.begin()
     message = client.message()

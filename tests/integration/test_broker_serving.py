@@ -233,6 +233,59 @@ def test_a_locked_database(tmp_path: Path) -> None:
     assert [one["event"] for one in log] == ["key-added", "released"]
 
 
+def test_a_database_that_another_program_keeps_for_itself(tmp_path: Path) -> None:
+    """Not even readable: every answer is in time, and none is a key."""
+    directory = make_broker(tmp_path / "b")
+    with serving(directory) as broker:
+        client = Handshake(broker.url, broker.ca).attested()
+        other = Handshake(broker.url, broker.ca).begin()
+        for pid in broker.workers():  # they have it open: it is taken before their successors have
+            os.kill(pid, signal.SIGKILL)
+        keeper = sqlite3.connect(directory / "broker.db", isolation_level=None, timeout=10)
+        keeper.execute("PRAGMA locking_mode = EXCLUSIVE")
+        keeper.execute("BEGIN EXCLUSIVE")
+        wait_until(lambda: len(broker.workers()) == 2)
+        with ThreadPoolExecutor(3) as pool:
+            asked = [pool.submit(client.resource), pool.submit(other.attest)]
+            started = time.monotonic()
+            assert client.request("GET", "/healthz").status == 200
+            assert time.monotonic() - started < 4  # nothing else waits
+            for one in asked:
+                answer = one.result()
+                assert (answer.status, answer.kind) == (503, "Unavailable")
+            assert time.monotonic() - started < 20
+        assert client.request("GET", "/readyz").status == 503
+        keeper.close()
+        assert client.resource().status == 200
+        assert other.attest().status == 200
+        assert "is locked" in broker.errors.read_text()
+    imagetool("broker", "releases", directory, "--verify")
+
+
+def test_postgresql_stopped_and_started(tmp_path: Path) -> None:
+    with running_postgres() as server:
+        directory = make_broker(tmp_path / "b", "--database", server.database())
+        with serving(directory) as broker:
+            client = Handshake(broker.url, broker.ca).attested()
+            assert client.resource().status == 200
+            other = Handshake(broker.url, broker.ca).begin()
+            server.stop()
+            for answer in (client.resource(), other.attest(), client.resource()):
+                assert (answer.status, answer.kind) == (503, "Unavailable")
+            assert client.request("GET", "/readyz").status == 503
+            assert client.request("GET", "/healthz").status == 200
+            assert "hidden" not in broker.errors.read_text()
+            server.start()
+            wait_until(lambda: client.request("GET", "/readyz").status == 200)
+            # Nothing of it is lost, neither the sessions nor the nonce that was not spent.
+            assert client.resource().status == 200
+            assert other.attest().status == 200
+            assert unwrapped(broker.uri(), directory)
+        log = imagetool("broker", "releases", directory, "--path", PATH)["entries"]
+        assert [one["event"] for one in log] == ["key-added", "released", "released", "released"]
+        imagetool("broker", "releases", directory, "--verify")
+
+
 def _fill(descriptor: int) -> None:
     while True:
         os.write(descriptor, bytes(4096))

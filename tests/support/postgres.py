@@ -24,6 +24,20 @@ class Postgres:
 
     def __init__(self, directory: Path, user: str) -> None:
         self._directory, self._user = directory, user
+        self.data = str(directory / "data")
+
+    def start(self) -> None:
+        options = f"-c listen_addresses='' -c unix_socket_directories={self._directory} -c fsync=off"
+        self.tool("pg_ctl", "-D", self.data, "-w", "-l", str(self._directory / "log"), "-o", options, "start")
+
+    def stop(self) -> None:
+        self.tool("pg_ctl", "-D", self.data, "-m", "immediate", "stop")
+
+    def processes(self) -> list[int]:
+        """The server's process, and those of its connections."""
+        main = int((self._directory / "data" / "postmaster.pid").read_text().splitlines()[0])
+        children = Path(f"/proc/{main}/task/{main}/children").read_text().split()
+        return [main, *map(int, children)]
 
     def database(self) -> str:
         name = f"broker_{uuid.uuid4().hex}"
@@ -61,14 +75,12 @@ def running_postgres() -> Iterator[Postgres]:
     if os.geteuid() == 0:
         os.chown(directory, pwd.getpwnam(user).pw_uid, pwd.getpwnam(user).pw_gid)
     server = Postgres(directory, user)
-    data = str(directory / "data")
     try:
-        server.tool("initdb", "-D", data, "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C")
-        options = f"-c listen_addresses='' -c unix_socket_directories={directory} -c fsync=off"
-        server.tool("pg_ctl", "-D", data, "-w", "-l", str(directory / "log"), "-o", options, "start")
+        server.tool("initdb", "-D", server.data, "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C")
+        server.start()
         try:
             yield server
         finally:
-            server.tool("pg_ctl", "-D", data, "-m", "immediate", "stop")
+            server.stop()
     finally:
         shutil.rmtree(directory)
