@@ -11,13 +11,12 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 from encfs.errors import ConflictError, FormatError
 from encfs.oci.blobs import MAX_MANIFEST_SIZE, Descriptor
-from encfs.oci.files import FileBlob, FileBlobWriter, FilePool, storage_errors
+from encfs.oci.files import FileBlob, FilePool, storage_errors
 from encfs.oci.layout import Layout
 from encfs.oci.layoutdirectory import BLOBS, INDEX_FILE, LAYOUT_FILE, MAX_MARKER, check_marker
 from encfs.oci.layoutindex import parse_entries
@@ -78,63 +77,35 @@ class LayoutArchive(LayoutSource):
         self._tar.close()
 
 
-class ArchiveSink:
+class ArchiveSink(Layout):
     """An archive that does not exist yet: it appears when its manifest is put, with everything written before.
 
     One manifest or index goes into an archive. Close it: without a manifest nothing is left.
     """
 
-    verifies = True
-
     def __init__(self, path: str) -> None:
         """Raises: ConflictError where something has that name, StorageError."""
-        self._path = Path(path)
+        self._archive = Path(path)
         self._check_free()
         with storage_errors(path):
-            self._directory = Path(tempfile.mkdtemp(prefix=f".{self._path.name}-", dir=self._path.parent))
+            self._directory = Path(tempfile.mkdtemp(prefix=f".{self._archive.name}-", dir=self._archive.parent))
         try:
-            self._layout = Layout(self._directory / "layout", create=True)
+            super().__init__(self._directory / "layout", create=True)
         except BaseException:
             shutil.rmtree(self._directory, ignore_errors=True)
             raise
 
     def _check_free(self) -> None:
-        if os.path.lexists(self._path):
-            raise ConflictError(f"{self._path} exists", hint="an archive is written once; choose another name")
-
-    def create_blob(self) -> FileBlobWriter:
-        """As `Layout.create_blob`."""
-        return self._layout.create_blob()
-
-    def write_blob(self, content: bytes, media_type: str) -> Descriptor:
-        """As `Layout.write_blob`."""
-        return self._layout.write_blob(content, media_type)
-
-    def has_blob(self, descriptor: Descriptor) -> bool:
-        """As `Layout.has_blob`."""
-        return self._layout.has_blob(descriptor)
-
-    def remove_blob(self, descriptor: Descriptor) -> None:
-        """As `Layout.remove_blob`."""
-        self._layout.remove_blob(descriptor)
-
-    def copy_blob(
-        self, descriptor: Descriptor, stream: Callable[[int], Iterator[bytes]], advance: Callable[[int], None]
-    ) -> None:
-        """As `Layout.copy_blob`; what was interrupted is begun anew."""
-        self._layout.copy_blob(descriptor, stream, advance)
-
-    def write_manifest(self, content: bytes, media_type: str) -> Descriptor:
-        """As `Layout.write_manifest`."""
-        return self._layout.write_manifest(content, media_type)
+        if os.path.lexists(self._archive):
+            raise ConflictError(f"{self._archive} exists", hint="an archive is written once; choose another name")
 
     def put_manifest(
         self, content: bytes, media_type: str, *, tag: str | None = None, artifact_type: str | None = None
     ) -> Descriptor:
         """Put the manifest in, and let the archive appear. Raises: as `Layout.put_manifest`, ConflictError."""
-        manifest = self._layout.put_manifest(content, media_type, tag=tag, artifact_type=artifact_type)
+        manifest = super().put_manifest(content, media_type, tag=tag, artifact_type=artifact_type)
         partial = self._directory / "archive"
-        with storage_errors(self._path):
+        with storage_errors(self._archive):
             with open(partial, "xb") as file:
                 self._write(file)
                 file.flush()
@@ -143,27 +114,26 @@ class ArchiveSink:
         return manifest
 
     def _write(self, file: IO[bytes]) -> None:
-        layout = self._directory / "layout"
         # Marker and index first, so that readers of streams know what comes.
-        names = [LAYOUT_FILE, INDEX_FILE, *sorted(f"{BLOBS}/{one}" for one in os.listdir(layout / BLOBS))]
+        names = [LAYOUT_FILE, INDEX_FILE, *sorted(f"{BLOBS}/{one}" for one in os.listdir(self.path / BLOBS))]
         with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
             for name in names:
-                with open(layout / name, "rb") as source:
+                with open(self.path / name, "rb") as source:
                     member = tarfile.TarInfo(name)
                     member.size = os.fstat(source.fileno()).st_size
                     member.mode = 0o644
                     archive.addfile(member, source)
                 if name.startswith(BLOBS):
                     # What is in the archive needs its room no more.
-                    (layout / name).unlink()
+                    (self.path / name).unlink()
 
     def _publish(self, partial: Path) -> None:
         try:
-            os.link(partial, self._path)
+            os.link(partial, self._archive)
         except FileExistsError:
             self._check_free()
             raise
-        directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        directory = os.open(self._archive.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(directory)
         finally:
@@ -171,5 +141,5 @@ class ArchiveSink:
 
     def close(self) -> None:
         """Remove what is not in the archive. Harmless when called again."""
-        self._layout.close()
+        super().close()
         shutil.rmtree(self._directory, ignore_errors=True)
