@@ -39,6 +39,8 @@ _BLOBS, _DOCUMENTS, _TAGS = "blobs", "documents", "tags"
 _NEW_PREFIX = ".new-"
 #: Seconds after which an unfinished file is nobody's any more.
 _STALE_SECONDS = 3600.0
+#: Of files that are being evicted, before anything is taken from them.
+_EVICTED_MODE = 0o400
 #: Documents are small and nothing works without them: they count as used this much later than they were (seconds).
 _DOCUMENT_BONUS = 7 * 86400.0
 #: Seconds without writing after a write failed.
@@ -103,6 +105,11 @@ def _unfit(directory: str, problem: str) -> StorageError:
     )
 
 
+def is_evicted(status: os.stat_result) -> bool:
+    """Whether an open part is being evicted, or was: nothing in it counts any more."""
+    return not status.st_mode & stat.S_IWUSR
+
+
 @dataclass(frozen=True, slots=True)
 class Tag:
     """What a tag meant when the registry was last reached."""
@@ -152,9 +159,13 @@ class Cache:
                 raise
         else:
             status = os.fstat(file)
-            if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_size == size:
+            fits = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_size == size
+            if fits and not is_evicted(status):
                 return file
             os.close(file)
+            if not status.st_nlink:
+                # Evicted just now; what has the name since then is another.
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         log.warning("%s: %s is none of the cache's files: removed", self.directory, name)
         self._remove_stray(folder, name)
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
@@ -349,6 +360,7 @@ class Cache:
         except FileNotFoundError:
             return
         try:
+            os.fchmod(file, _EVICTED_MODE)
             os.unlink(item.name, dir_fd=folder)
             os.ftruncate(file, 0)
         finally:
@@ -364,10 +376,11 @@ class Cache:
                         status = entry.stat(follow_symlinks=False)
                     except FileNotFoundError:
                         continue
-                    stale = entry.name.startswith(_NEW_PREFIX) and status.st_mtime < oldest
-                    if stale or not stat.S_ISREG(status.st_mode):
+                    unfinished = entry.name.startswith(_NEW_PREFIX)
+                    if (unfinished and status.st_mtime < oldest) or not stat.S_ISREG(status.st_mode):
                         self._remove_stray(folder, entry.name)
-                        continue
+                    if unfinished or not stat.S_ISREG(status.st_mode):
+                        continue  # what is being written has no name to be evicted by
                     used = status.st_mtime + (0.0 if kind == _BLOBS else _DOCUMENT_BONUS)
                     found.append(_File(kind, entry.name, status.st_blocks * 512, used))
         return found

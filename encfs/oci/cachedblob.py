@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator
 
 from encfs.encoding import parse_digest
-from encfs.oci.cache import GRAIN, Cache
+from encfs.oci.cache import GRAIN, Cache, is_evicted
 from encfs.oci.files import PooledFile
 
 #: Bytes of a blob in one file: the unit of eviction.
@@ -96,9 +96,14 @@ class CachedBlob:
                 if present.count(_PRESENT) != len(present):
                     return False
                 self._touch(part, state.file)
-                return os.preadv(state.file, [buffer], inside, flags) == len(buffer)
+                read = os.preadv(state.file, [buffer], inside, flags)
+                # Of a file that is being evicted there may be any part, and a writer may make it larger again.
+                evicted = is_evicted(os.fstat(state.file))
             finally:
                 self._cache.files.release(state)
+            if evicted:
+                self._cache.files.drop(part.file)
+            return not evicted and read == len(buffer)
         except (FileNotFoundError, BlockingIOError):
             return False
         except OSError as error:

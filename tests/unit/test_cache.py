@@ -354,6 +354,76 @@ def test_eviction_under_busy_readers_and_writers(tmp_path: Path) -> None:
     cache.close()
 
 
+def evict_all(cache: Cache) -> None:
+    for item in cache._scan():
+        cache._remove(item)
+
+
+def test_what_is_evicted_while_it_is_being_written_is_not_read(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes are cut off before they are marked: the marks make a file of them that has a hole where they were."""
+    blob = CachedBlob(cache, DIGEST, SIZE)
+    assert blob.write(2 * MIB, CONTENT[2 * MIB :])
+    pwrite = os.pwrite
+
+    def evicted_before_the_marks(file: int, data: bytes, offset: int) -> int:
+        if offset >= SIZE:
+            monkeypatch.setattr(os, "pwrite", pwrite)
+            evict_all(cache)
+        return pwrite(file, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", evicted_before_the_marks)
+    blob.write(0, CONTENT[:MIB])
+    assert get(blob, 0, GRAIN) in (None, CONTENT[:GRAIN])
+    assert get(blob, 0, GRAIN) is None
+    assert blob.missing(0, SIZE) == [(0, SIZE)]
+    assert blob.write(0, CONTENT)
+    assert get(blob, 0, SIZE) == CONTENT
+
+
+def test_a_part_that_is_evicted_while_it_is_opened_leaves_its_successor(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    blob = CachedBlob(cache, DIGEST, SIZE)
+    blob.write(0, CONTENT)
+    size = part_file(cache).stat().st_size
+    fstat = os.fstat
+
+    def replaced_meanwhile(file: int) -> os.stat_result:
+        monkeypatch.setattr(os, "fstat", fstat)
+        evict_all(cache)
+        cache.create_part(part_file(cache).name, size)
+        return fstat(file)
+
+    monkeypatch.setattr(os, "fstat", replaced_meanwhile)
+    with pytest.raises(FileNotFoundError):
+        cache.open_part(part_file(cache).name, size)
+    assert part_file(cache).stat().st_size == size
+    assert not caplog.records
+
+
+def test_an_eviction_that_was_cut_short_leaves_nothing_that_counts(cache: Cache) -> None:
+    CachedBlob(cache, DIGEST, SIZE).write(0, CONTENT)
+    cache.files.close()
+    part_file(cache).chmod(0o400)
+    blob = CachedBlob(cache, DIGEST, SIZE)
+    assert get(blob, 0, SIZE) is None
+    assert blob.missing(0, SIZE) == [(0, SIZE)]
+    assert blob.write(0, CONTENT)
+    assert get(blob, 0, SIZE) == CONTENT
+
+
+def test_what_is_being_written_is_not_evicted(tmp_path: Path) -> None:
+    cache = open_cache(str(tmp_path / "cache"), MIB)
+    folder = Path(cache.directory) / "v1" / "blobs"
+    descriptor = os.open(folder, os.O_RDONLY)
+    with cache._new_file(descriptor) as (file, name):
+        os.write(file, CONTENT)
+        cache.evict()
+        assert (folder / name).exists()
+    os.close(descriptor)
+    cache.close()
+
+
 def test_only_one_process_evicts(cache: Cache, tmp_path: Path) -> None:
     import fcntl
 
