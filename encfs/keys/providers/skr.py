@@ -66,7 +66,9 @@ class SkrProvider:
 
     @staticmethod
     def unavailable() -> str | None:
-        if os.environ.get(CONTEXT_VARIABLE):
+        from encfs.attestation.collect.azure import is_azure
+
+        if os.environ.get(CONTEXT_VARIABLE) or is_azure():
             return None
         try:
             with socket.create_connection((sidecar.HOST, sidecar.PORT), _LOOK_TIMEOUT):
