@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from encfs import errors
 from encfs.errors import EncfsError, MountError
@@ -53,6 +54,7 @@ class _Daemon:
     watch: int
     channel: socket.socket
     started: float = field(default_factory=time.monotonic)
+    memory_kills: int = field(default_factory=lambda: _memory_kills())
     ready: bool = False
     negotiated: bool = False
     received: bytes = b""
@@ -222,6 +224,8 @@ class Supervisor:
     def _lose(self, daemon: _Daemon) -> None:
         code = daemon.process.returncode
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        if -code == signal.SIGKILL and _memory_kills() > daemon.memory_kills:
+            how += ", and the kernel has killed for lack of memory meanwhile"
         self._keeper.reason = "replaced" if self._replacing else f"{how}: {daemon.error}" if daemon.error else how
         steady = daemon.ready and time.monotonic() - daemon.started > _STEADY
         if daemon.negotiated:
@@ -343,6 +347,15 @@ class Supervisor:
             if (status := MountStatus.from_json(answer.get("status"))) is not None:
                 return status
         return self._own_status("silent")
+
+
+def _memory_kills() -> int:
+    """How many processes this kernel has killed because memory, or a control group's, ran out (`oom_kill`); or 0."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
 def supervise(

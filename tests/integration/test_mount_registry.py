@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import errno
 import json
+import mmap
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -219,7 +221,6 @@ def test_readers_of_the_same_range_share_its_request(
         results: list[bytes] = []
 
         def read(descriptor: int) -> None:
-            import mmap
 
             buffer = mmap.mmap(-1, 4096)
             os.preadv(descriptor, [buffer], 9 * MIB)
@@ -410,6 +411,7 @@ def test_a_registry_that_is_down_and_comes_back(server: DockerRegistry, tmp_path
         server.stop()
         try:
             assert PATIENCE / 4 < assert_eio(lambda: mount.read("large", 6 * MIB, 10)) < 3 * PATIENCE
+            assert f"{server.host}: connection refused" in mount.log().lower()
             timer = threading.Timer(1.0, server.start)
             timer.start()
             assert mount.read("large", 9 * MIB, 10) == FILES["large"][9 * MIB : 9 * MIB + 10], "it waited"
@@ -461,6 +463,38 @@ def test_a_full_disk_below_the_cache(proxy: FaultProxy, tmp_path: Path, keys: Ke
             assert mount.status()["stats"]["requests_failed"] == 0
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_cache_that_is_taken_away_while_it_is_mounted(proxy: FaultProxy, tmp_path: Path, keys: Keys) -> None:
+    """Cut short by whoever owns the disk, then removed: what was in it is fetched again."""
+    with mounted(tmp_path, proxy.host, keys, patience=30.0) as mount:
+        assert mount.read("a") == FILES["a"]
+        kept = mount.open("a")
+        try:
+            for take_away in (_cut_short, shutil.rmtree):
+                take_away(tmp_path / "cache")
+                os.posix_fadvise(kept, 0, 0, os.POSIX_FADV_DONTNEED)
+                assert os.pread(kept, MIB, 2 * MIB) == FILES["a"][2 * MIB : 3 * MIB]
+                assert mount.read("b") == FILES["b"]
+        finally:
+            os.close(kept)
+        assert mount.status()["stats"]["requests_failed"] == 0
+
+
+def _cut_short(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        if path.is_file() and path.stat().st_size > MIB:
+            os.truncate(path, 4096)
+
+
+def test_credentials_that_are_revoked_are_eio_and_named(proxy: FaultProxy, tmp_path: Path, keys: Keys) -> None:
+    with mounted(tmp_path, proxy.host, keys) as mount:
+        assert mount.read("a", 0, 10) == FILES["a"][:10]
+        proxy.faults = [Fault(GET_BLOB, times=-1, reply=(401, {"WWW-Authenticate": 'Basic realm="r"'}))]
+        assert assert_eio(lambda: mount.read("large", 6 * MIB, 10)) < 3 * PATIENCE
+        assert "AuthenticationError" in mount.log() or "credentials" in mount.log()
+        proxy.faults = []
+        assert mount.read("large", 9 * MIB, 10) == FILES["large"][9 * MIB : 9 * MIB + 10]
 
 
 def test_a_mount_ends_while_reads_wait(proxy: FaultProxy, tmp_path: Path, keys: Keys) -> None:

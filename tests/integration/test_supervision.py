@@ -23,6 +23,8 @@ from tests.support.mounts import REPOSITORY, detach_all, is_mounted, wait_for_en
 pytestmark = [pytest.mark.fuse, pytest.mark.root]
 
 _SIZE = 24 << 20
+#: Where control groups limit memory one by one (cgroup v1).
+_MEMORY = Path("/sys/fs/cgroup/memory")
 
 
 class Mounted:
@@ -209,6 +211,27 @@ def test_a_tag_that_moves_does_not_change_what_is_mounted(mounted: Mounted) -> N
     with pytest.raises(OSError, match="Input/output error"):
         mounted.read(descriptor, 0, 4096)
     os.close(descriptor)
+
+
+@pytest.mark.skipif(not _MEMORY.is_dir(), reason="there is no control group of memory to take a daemon's away in")
+def test_a_daemon_without_memory_is_replaced_and_the_log_says_why(mounted: Mounted) -> None:
+    status = mounted.mount()
+    descriptor = os.open(mounted.weights, os.O_RDONLY)
+    group = _MEMORY / f"encfs-test-{os.getpid()}"
+    group.mkdir()
+    try:
+        # What the process has is moved along: some of it cannot be swapped out, and none of the next.
+        (group / "memory.limit_in_bytes").write_text(str(1 << 20))
+        (group / "cgroup.procs").write_text(str(status["pid"]))
+        for offset in range(0, _SIZE, 1 << 20):
+            assert mounted.read(descriptor, offset, 1 << 19)
+        later = mounted.wait_for(lambda status: status["state"] == "serving" and status["restarts"] == 1, 60)
+    finally:
+        wait_for_end(status["pid"], 20)
+        group.rmdir()
+        os.close(descriptor)
+    assert later["reason"] == "killed by SIGKILL, and the kernel has killed for lack of memory meanwhile"
+    assert later["reason"] in Path(later["log_file"]).read_text()
 
 
 def test_hangup_replaces_the_daemon(mounted: Mounted) -> None:
