@@ -79,6 +79,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._await(REST_TIMEOUT, MAX_REQUEST)
         super().on_headers_complete()
 
+    def on_response_complete(self) -> None:
+        cast(_WholeAnswers, self.transport).flush()
+        super().on_response_complete()
+
     def on_message_complete(self) -> None:
         self._arrived()
         super().on_message_complete()
@@ -117,9 +121,14 @@ class _WholeAnswers:
         else:
             self._head = data
 
-    def close(self) -> None:
-        if self._head:  # of an answer whose body failed
+    def flush(self) -> None:
+        """Send what waits: nothing comes behind the head of an answer to HEAD, or of one whose body failed."""
+        if self._head:
             self._transport.write(self._head)
+            self._head = b""
+
+    def close(self) -> None:
+        self.flush()
         self._transport.close()
 
 

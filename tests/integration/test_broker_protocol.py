@@ -6,6 +6,7 @@ import json
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -386,6 +387,10 @@ def test_opaque_resources(broker: Served, client: Handshake, tmp_path: Path) -> 
 def test_health_and_figures(broker: Served, client: Handshake) -> None:
     assert client.request("GET", "/healthz").body == b"ok\n"
     assert client.request("GET", "/readyz").body == b"ready\n"
+    began = time.monotonic()
+    assert client.request("HEAD", "/healthz").body == b""
+    # Not when the connection is given up.
+    assert time.monotonic() - began < 10
     client.attested().resource()
 
     def counted() -> bool:
