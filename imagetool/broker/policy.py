@@ -53,12 +53,13 @@ class Rule:
     #: How often the key is handed out.
     releases: int | None = None
 
-    #: SHA-256 (hex) over all of it: keys at rest are bound to it.
+    #: SHA-256 (hex) over what it asks for: keys at rest are bound to it. What has its default is left out, so that a
+    #: later version with further fields opens them, too.
     digest: str = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        content = {one.name: _plain(getattr(self, one.name)) for one in fields(self)[:-1]}
-        object.__setattr__(self, "digest", hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest())
+        content = json.dumps(self.to_json(), sort_keys=True).encode()
+        object.__setattr__(self, "digest", hashlib.sha256(content).hexdigest())
 
     def to_json(self) -> dict[str, object]:
         """What is asked for, without what has its default; bytes in hex."""
@@ -69,7 +70,7 @@ class Rule:
             if one.name != "kinds" and value != getattr(default, one.name):
                 found[one.name] = _plain(value)
         for one in fields(Rule)[2:-1]:
-            if value := getattr(self, one.name):
+            if (value := getattr(self, one.name)) != one.default:
                 found[one.name] = _plain(value)
         return found
 

@@ -134,3 +134,21 @@ def test_mistakes_name_the_line_and_the_field(text: str, message: str) -> None:
         parse_policy(text, "policy.toml")
     assert str(caught.value).startswith("policy.toml")
     assert "\n" not in str(caught.value)
+
+
+def test_the_digest_of_a_rule_is_the_same_in_every_version() -> None:
+    """Keys at rest are bound to it: where it changes by itself, none of them opens any more."""
+    text = f'''[key."a/b/c"]
+tee = ["tdx", "snp"]
+measurements = "{HEX_48}"
+tcb = [{{ product = "Milan", snp = 8 }}]
+expires = 2030-01-01T00:00:00Z
+releases = 3
+min_version = 0
+'''
+    rule = parse_policy(text).rules["a/b/c"]
+    assert rule.digest == "5f25f19688d06569009b65f213a5378763d887b213017a6a5f438fb1c5846ae4"
+    other = parse_policy(text.replace("min_version = 0", "")).rules["a/b/c"]
+    assert other.digest != rule.digest
+    # What is written as it would be without being written is the same rule.
+    assert parse_policy(text + "allow_debug = false\nmax_vmpl = 0\n").rules["a/b/c"].digest == rule.digest
