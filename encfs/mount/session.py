@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -314,7 +313,8 @@ def _check_answers(mountpoint: str) -> int:
 
 def initialise(filesystem: ImageFilesystem, mountpoint: str, options: frozenset[str]) -> None:
     """Mount. libfuse says on stderr what went wrong: that is caught and becomes the message."""
-    with tempfile.TemporaryFile() as messages:
+    # In memory: a container may have no place to write to.
+    with open(os.memfd_create("libfuse"), "w+b") as messages:
         sys.stderr.flush()
         saved = os.dup(2)
         os.dup2(messages.fileno(), 2)

@@ -34,6 +34,8 @@ from encfs.mount.options import MountOptions, MountStatus
 from encfs.mount.protocol import MAX_ANSWER, MAX_REQUEST_LINE, peer
 from encfs.mount.runtime import listen, log_path, remove_own_files, runtime_directory, socket_path
 
+#: The kernel's counters (proc(5)).
+VMSTAT = Path("/proc/vmstat")
 #: Seconds for which requests wait for the next daemon; from then on they fail with EIO until there is one.
 PATIENCE = 60.0
 #: Seconds between two starts: the first follows at once, the next ones double up to the last.
@@ -352,7 +354,7 @@ class Supervisor:
 def _memory_kills() -> int:
     """How many processes this kernel has killed because memory, or a control group's, ran out (`oom_kill`); or 0."""
     try:
-        lines = Path("/proc/vmstat").read_text().splitlines()
+        lines = VMSTAT.read_text().splitlines()
     except OSError:
         return 0
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)

@@ -114,6 +114,53 @@ def test_a_mount_as_a_service(base: Path) -> None:
     assert audit["integrity_failure"]["error"] == "IntegrityError"
 
 
+#: Nothing can be written but the runtime directory and the cache, as with readOnlyRootFilesystem in a pod.
+_READ_ONLY = """
+mount --make-rprivate / && mount -o remount,ro,bind / || exit 1
+for place in /tmp /var/tmp "$1"; do mount --rbind "$place" "$place"; mount -o remount,ro,bind "$place"; done
+for place in run cache; do mount -t tmpfs none "$1/$place"; done
+cd / && ! touch /tmp/x /var/tmp/x "$1/x" 2>/dev/null || exit 1
+shift && exec "$@"
+"""
+
+
+@pytest.mark.fuse
+@pytest.mark.root
+def test_a_mount_needs_no_place_for_temporary_files(base: Path) -> None:
+    for name in ("run", "cache"):
+        (base / name).mkdir()
+    words = [_BIN / "encfs", "mount", f"oci:{base / 'store'}:v1", base / "mount", "-k", base / "a.jwk"]
+    daemon = subprocess.Popen(
+        [
+            "unshare",
+            "--mount",
+            "sh",
+            "-c",
+            _READ_ONLY,
+            "sh",
+            base,
+            *words,
+            "--allow-unsigned",
+            "--foreground",
+            "--json",
+        ],
+        env={
+            **os.environ,
+            "ENCFS_RUNTIME_DIR": str(base / "run" / "state"),
+            "XDG_CACHE_HOME": str(base / "cache"),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert daemon.stdout is not None
+    status = json.loads(daemon.stdout.readline())
+    daemon.terminate()
+    _, said = daemon.communicate(timeout=60)
+    assert status.get("state") == "serving", said
+
+
 @pytest.mark.parametrize(
     ("head", "status"),
     [
