@@ -1,6 +1,9 @@
 """A server that speaks the KBS protocol as Trustee does, over TLS, with another JOSE implementation; its certificate.
 
-What it does wrong on purpose is set in `KbsServer.faults`, by the step.
+For the client's tests alone: what it does wrong on purpose is set in `KbsServer.faults`, by the step (answers cut short
+or too large, malformed, altered or for another session; connections that end; versions that the broker does not speak;
+JWEs of another library). None of it can the real broker be made to do, so it stays beside it; whatever goes right, and
+every refusal of the broker's own, is tested against the broker.
 """
 
 from __future__ import annotations
