@@ -31,8 +31,11 @@ class OpenedBroker:
 
     def check_mark(self) -> None:
         """Before a change by the owner: that it is not made to an old copy. Raises: RollbackError, KeyProviderError."""
-        if self.config.mark is not None:
-            check_mark(self.config.mark, self.load_state().epoch)
+        if self.config.mark is None:
+            return
+        with self.database.transaction(durable=False) as connection:
+            current = state.load_state(connection, self.vault, judged=False)
+        check_mark(self.config.mark, current.epoch)
 
     def settle(self, changed: State) -> None:
         """After a change by the owner: bring the mark up to the new epoch. Raises: KeyProviderError."""

@@ -107,8 +107,9 @@ class _FieldError(Exception):
         self.field = field
 
 
-def parse_policy(text: str, what: str = "the policy") -> Policy:
-    """`what` names the file in messages.
+def parse_policy(text: str, what: str = "the policy", *, judged: bool = True) -> Policy:
+    """`what` names the file in messages. Not `judged`: rules that accept any software are let through, for replacing
+    a policy that an earlier version accepted.
 
     Raises: FormatError naming the line and the field, for anything that is not known or not as it must be.
     """
@@ -129,7 +130,7 @@ def parse_policy(text: str, what: str = "the policy") -> Policy:
     rules: dict[str, Rule] = {}
     for pattern, members in tables.items():
         try:
-            rules[pattern] = _rule(pattern, members)
+            rules[pattern] = _rule(pattern, members, judged=judged)
         except _FieldError as error:
             field = f" {error.field}" if error.field else ""
             raise FormatError(
@@ -139,7 +140,7 @@ def parse_policy(text: str, what: str = "the policy") -> Policy:
     return Policy(rules)
 
 
-def _rule(pattern: str, members: object) -> Rule:
+def _rule(pattern: str, members: object, *, judged: bool) -> Rule:
     _check_pattern(pattern)
     if not isinstance(members, dict):
         raise _FieldError("", "it is not a table")
@@ -159,7 +160,9 @@ def _rule(pattern: str, members: object) -> Rule:
     any_workload = more.pop("any_workload", False)
     evidence = EvidencePolicy(**asked)
     for kind in kinds:
-        if kind is not EvidenceKind.SAMPLE and not any_workload and (wanted := evidence.lacks_identity(kind)):
+        if not judged or any_workload or kind is EvidenceKind.SAMPLE:
+            continue
+        if wanted := evidence.lacks_identity(kind):
             raise _FieldError(
                 "",
                 f"it accepts any software of {TEE_NAMES[kind]}: name {wanted}, or any_workload = true if it is meant",

@@ -84,10 +84,11 @@ def epoch(connection: Connection) -> int:
     return int(connection.execute(_EPOCH).scalar_one())
 
 
-def load_state(connection: Connection, vault: Vault) -> State:
+def load_state(connection: Connection, vault: Vault, *, judged: bool = True) -> State:
     """The state, checked; in a transaction, or all of it from one moment otherwise not guaranteed.
 
-    Raises: IntegrityError where it was altered, or belongs to another KEK.
+    Raises: IntegrityError where it was altered, or belongs to another KEK; FormatError for a policy that is no longer
+    accepted (not `judged`: only where it is malformed).
     """
     row = connection.execute(select(STATE)).one_or_none()
     if row is None or row.database_id != vault.database_id:
@@ -104,7 +105,7 @@ def load_state(connection: Connection, vault: Vault) -> State:
             hint=_ALTERED,
         )
     try:
-        return replace(unread, policy=parse_policy(row.policy))
+        return replace(unread, policy=parse_policy(row.policy, judged=judged))
     except FormatError as error:
         raise FormatError(f"the policy in the database: {error.message}", hint=error.hint) from None
 
@@ -139,7 +140,7 @@ def set_policy(connection: Connection, vault: Vault, text: str) -> tuple[State, 
 
     Raises: FormatError for a malformed policy; IntegrityError where a key does not open.
     """
-    state = load_state(connection, vault)
+    state = load_state(connection, vault, judged=False)
     changed = replace(state, policy_text=text, policy=parse_policy(text))
     entries = dict(state.entries)
     moved = [path for path in sorted(entries) if _rule_of(state, path) != _rule_of(changed, path)]

@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from sqlalchemy import Connection, delete, func, insert, select, text, update
 
-from encfs.errors import ConflictError, EncfsError, IntegrityError, NotFoundError, RollbackError
+from encfs.errors import ConflictError, EncfsError, FormatError, IntegrityError, NotFoundError, RollbackError
 from encfs.keys.secrets import SymmetricKey
 from imagetool.broker import log, state
 from imagetool.broker.database import Database, parse_url
 from imagetool.broker.limits import ByteBudget, RateLimiter, network
+from imagetool.broker.policy import parse_policy
 from imagetool.broker.tables import DECISIONS, METADATA, RESOURCES, STATE
 from imagetool.broker.vault import Vault
 from imagetool.broker.writer import Writer
@@ -235,6 +237,22 @@ def test_an_end_that_was_cut_off_is_seen_by_who_kept_a_head(database: Database, 
         assert log.verify(connection, vault).sequence == 3
         with pytest.raises(IntegrityError, match="cut off"):
             log.verify(connection, vault, head)
+
+
+def test_a_policy_that_is_not_accepted_any_more_can_be_replaced(database: Database, vault: Vault) -> None:
+    lax = '[key."default/key/*"]\ntee = "snp"\nhost_data = "' + "00" * 32 + '"'
+    with database.transaction() as connection:
+        before = state.load_state(connection, vault)
+        earlier = replace(before, policy_text=lax, policy=parse_policy(lax, judged=False), entries={})
+        connection.execute(delete(RESOURCES))
+        state._store(connection, vault, earlier)
+    with database.transaction() as connection, pytest.raises(FormatError, match="accepts any software"):
+        state.load_state(connection, vault)
+    with database.transaction() as connection:
+        state.set_policy(connection, vault, RULES)
+        assert state.load_state(connection, vault).policy_text == RULES
+        with pytest.raises(FormatError):
+            state.set_policy(connection, vault, lax)
 
 
 def test_an_end_beyond_the_owners_last_change_is_seen_by_itself(database: Database, vault: Vault) -> None:
