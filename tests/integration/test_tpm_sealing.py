@@ -310,7 +310,7 @@ def long_unique(text: str) -> str:
 
 ALTERED: list[tuple[str, Callable[[Any], Any], type[EncfsError], str]] = [
     ("format", lambda _: "encfs-tpm2/2", KeyFileError, "its format is"),
-    ("kind", lambda _: "key", KeyFileError, "truncated or has something behind it"),
+    ("kind", lambda _: "key", KeyFileError, "or the key is of another kind"),
     ("kind", lambda _: "ak", KeyFileError, "has no policy, or one too many"),
     ("kind", lambda _: "other", KeyFileError, "its kind is"),
     ("srk.name", lambda text: text[:-1] + ("0" if text[-1] != "0" else "1"), KeyRefusedError, "not the TPM"),
