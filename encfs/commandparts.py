@@ -287,14 +287,16 @@ def opened_artifact(
     platform: str | None = None,
     auxiliary: bool = False,
     meanwhile: str | None = None,
+    forking: bool = False,
     served: Served | None = None,
 ) -> Iterator[Artifact]:
     """An accepted and unwrapped artifact, closed at the end; warns of what its origin leaves open.
 
     `memory` is the plaintext that each volume may keep (bytes); `platform` chooses in an image index; `auxiliary` opens
     the volumes, too, that only going back to an image needs; `meanwhile` is a module to load while the store is waited
-    for; `served` is what has to be gone on with (`choose_served`), whatever the reference names by now. An image that
-    was asked for by its platform, or chosen by this machine's, is of that platform: its config says so.
+    for; `forking`: no threads are left that would keep the process from going to the background; `served` is what has
+    to be gone on with (`choose_served`), whatever the reference names by now. An image that was asked for by its
+    platform, or chosen by this machine's, is of that platform: its config says so.
     Raises: as `encfs.artifact.open_artifact`; UnsupportedError for an image of another platform.
     """
     from encfs.artifact import open_artifact
@@ -305,6 +307,10 @@ def opened_artifact(
     policy = trust.policy() if isinstance(trust, TrustOptions) else trust
     wanted = chosen_platform(platform)
     with keys.providers() as providers, opened_source(reference, registry) as source, ExitStack() as stack:
+        if forking:
+            from encfs.lazy import hold_threads
+
+            hold_threads(source)
         with loaded_meanwhile(meanwhile) if meanwhile is not None else nullcontext(), span("artifact.open") as traced:
             if served is None:
                 document = source.document()

@@ -6,12 +6,17 @@ Threads do not survive the way into the background: until the mount answers in i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from encfs.artifact import Artifact
 from encfs.oci.counters import TransferCounters
 from encfs.oci.lanes import Lanes
 from encfs.oci.layoutsource import LayoutSource
 from encfs.prefetching import Prefetch, Selection
+
+if TYPE_CHECKING:
+    from encfs.oci.blobs import BlobSource
+    from encfs.oci.fetcher import Fetcher
 
 
 class LazyReading:
@@ -43,11 +48,24 @@ class LazyReading:
 def companion_for(artifact: Artifact, selection: Selection, *, rate: int | None = None) -> LazyReading:
     """What works beside the mount of `artifact`. Raises: UsageError, as `Prefetch`."""
     prefetch = Prefetch(artifact, selection, rate=rate)
-    source = artifact.source
-    if not isinstance(source, LayoutSource):
-        # The registry's client takes a while to load, and layouts do without it.
-        from encfs.oci.cached import CachedSource
+    fetcher = _fetcher_of(artifact.source)
+    if fetcher is None:
+        return LazyReading(TransferCounters(), prefetch, None)
+    return LazyReading(fetcher.counters, prefetch, fetcher.lanes)
 
-        if isinstance(source, CachedSource):
-            return LazyReading(source.counters, prefetch, source.fetcher.lanes)
-    return LazyReading(TransferCounters(), prefetch, None)
+
+def hold_threads(source: BlobSource) -> None:
+    """Have no thread of the source's started until the artifact's `LazyReading` is: the process is going to fork."""
+    fetcher = _fetcher_of(source)
+    if fetcher is not None:
+        fetcher.lanes.read_ahead = False
+
+
+def _fetcher_of(source: BlobSource) -> Fetcher | None:
+    """What a registry's blobs are fetched by."""
+    if isinstance(source, LayoutSource):
+        # The registry's client takes a while to load, and layouts do without it.
+        return None
+    from encfs.oci.cached import CachedSource
+
+    return source.fetcher if isinstance(source, CachedSource) else None

@@ -173,6 +173,7 @@ def command(
                 memory=memory,
                 platform=platform,
                 meanwhile="encfs.mount.session",
+                forking=not foreground and handover is None,
                 served=handover.served if handover is not None else None,
             )
         )
