@@ -10,7 +10,8 @@
 | `rollback` | the epoch's high-water mark in a TPM |
 | `policy`, `policyfields` | the policy file |
 | `log` | the hash-chained log of decisions |
-| `sessions` | sessions and nonces |
+| `sessions`, `tickets` | sessions and nonces; the cookie and the token that a client has of one |
+| `lookups` | what a request needs of the database; counting releases |
 | `decisions` | evidence and policy against a request: the one place that says yes |
 | `endorsements` | certificates and collateral that evidence does not bring along |
 | `app`, `handlers`, `limits`, `metrics` | HTTP |

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TypeVar
 
-from sqlalchemy import Connection, bindparam, select, update
+from sqlalchemy import Connection
 
 from encfs.attestation.kbs import from_kbs_evidence, kind_of_tee
 from encfs.encoding import parse_digest
@@ -33,11 +33,11 @@ from imagetool.broker import log, sessions, state
 from imagetool.broker.database import Database
 from imagetool.broker.decisions import Because, Decision, Wanted, decide, judge_genuineness, logged_claims
 from imagetool.broker.endorsements import EndorsementStore
+from imagetool.broker.lookups import Found, count_release, look_up
 from imagetool.broker.policy import Policy
 from imagetool.broker.rollback import CounterMark, check_mark
 from imagetool.broker.sessions import Attested, Session
 from imagetool.broker.state import State
-from imagetool.broker.tables import RESOURCES, SESSIONS, STATE, VERSIONS
 from imagetool.broker.tickets import read_cookie, read_token, write_cookie, write_token
 from imagetool.broker.vault import SealedRow, Vault
 from imagetool.broker.writer import TIMEOUT, Writer, too_late
@@ -81,16 +81,6 @@ class _Request:
     path: str
     content_digest: str | None
     client: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """What the database has for a request: the epoch, the session, the key's sealed row, the version of the content."""
-
-    epoch: int
-    session: tuple[Session, Attested] | None
-    row: SealedRow | None
-    version: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +154,7 @@ class Broker:
             raise Refusal(400, protocol.ERROR_REQUEST, error.message) from None
         identity = self._of_token(token) if cookie is None and token is not None else self._begun(cookie).id
         for _ in range(_ATTEMPTS):
-            found = await self._read(lambda connection: _look_up(connection, identity, wanted_path, content_digest))
+            found = await self._read(lambda connection: look_up(connection, identity, wanted_path, content_digest))
             if found.session is None:
                 raise _unknown("the session has no accepted evidence: send it first, or begin anew")
             session, attested = found.session
@@ -305,7 +295,7 @@ class Broker:
             raise Refusal(401, protocol.ERROR_EVIDENCE, f"the evidence is not accepted: {said}", code=reasons[0].code)
         return None
 
-    async def _release(self, request: _Request, found: _Found) -> bytearray | _Changed:
+    async def _release(self, request: _Request, found: Found) -> bytearray | _Changed:
         """The content to be handed out, its release being in the log. Raises: Refusal."""
         current = await self._state(found.epoch)
         entry, rule = current.entries.get(request.path), current.policy.rule_for(request.path)
@@ -358,8 +348,8 @@ class Broker:
         if (epoch := state.epoch(connection)) != current.epoch:
             return _Changed(epoch)
         rule = decision.rule
-        if decision.released and not self._counted(connection, request.path, decision):
-            limit = rule.releases if rule is not None else None
+        limit = rule.releases if rule is not None else None
+        if decision.released and not count_release(connection, request.path, limit):
             decision = replace(decision, reasons=(Because("releases", f"all {limit} releases were made"),))
         log.append(
             connection,
@@ -381,13 +371,6 @@ class Broker:
         )
         return decision
 
-    def _counted(self, connection: Connection, path: str, decision: Decision) -> bool:
-        values: dict[str, object] = {"counted": path}
-        statement = _COUNT
-        if decision.rule is not None and decision.rule.releases is not None:
-            statement, values["most"] = _COUNT_BELOW, decision.rule.releases
-        return connection.execute(statement, values).rowcount == 1
-
     def _log_refused_evidence(
         self,
         connection: Connection,
@@ -403,33 +386,6 @@ class Broker:
             path="",
             members={**about, "reasons": [one.to_json() for one in reasons], "claims": claims},
         )
-
-
-# Made once: making a statement takes longer than executing it.
-_LOOK_UP = select(
-    STATE.c.epoch,
-    *SESSIONS.c,
-    RESOURCES.c.nonce.label("key_nonce"),
-    RESOURCES.c.sealed,
-    VERSIONS.c.version.label("content_version"),
-).select_from(
-    STATE.outerjoin(SESSIONS, SESSIONS.c.id == bindparam("session"))
-    .outerjoin(RESOURCES, RESOURCES.c.path == bindparam("wanted"))
-    .outerjoin(VERSIONS, VERSIONS.c.content_digest == bindparam("digest"))
-)
-_COUNT = update(RESOURCES).where(RESOURCES.c.path == bindparam("counted")).values(releases=RESOURCES.c.releases + 1)
-_COUNT_BELOW = _COUNT.where(RESOURCES.c.releases < bindparam("most"))
-
-
-def _look_up(connection: Connection, session: str, path: str, content_digest: str | None) -> _Found:
-    """Everything about a request, of one moment."""
-    row = connection.execute(_LOOK_UP, {"session": session, "wanted": path, "digest": content_digest}).one()
-    return _Found(
-        row.epoch,
-        sessions.from_row(row) if row.id is not None else None,
-        SealedRow(row.key_nonce, row.sealed) if row.sealed is not None else None,
-        row.content_version,
-    )
 
 
 def _machine_time() -> int:
