@@ -141,8 +141,7 @@ def test_hostile_layers_are_refused(tmp_path: Path, store: Store, keys: Keys, ca
         encrypt(store.reference("v1"), tmp_path / "enc", keys)
     assert "\n" not in str(caught.value)
     assert len(caught.value.message) < 600
-    assert Store(tmp_path / "enc").tags() == []
-    assert Store(tmp_path / "enc").blobs() == set()
+    assert not (tmp_path / "enc").exists()
 
 
 def test_damaged_images_are_refused(tmp_path: Path, store: Store, keys: Keys) -> None:
@@ -171,8 +170,7 @@ def test_damaged_images_are_refused(tmp_path: Path, store: Store, keys: Keys) ->
     blob.write_bytes(content)
     with pytest.raises(EncfsError, match=r"layer 2 of 2"):
         encrypt(store.reference("rotten"), tmp_path / "enc", keys)
-    assert Store(tmp_path / "enc").tags() == []
-    assert Store(tmp_path / "enc").blobs() == set()
+    assert not (tmp_path / "enc").exists()
 
 
 def test_sparse_bombs_are_stopped(tmp_path: Path, store: Store, keys: Keys) -> None:
