@@ -20,11 +20,11 @@ import pytest
 from encfs.mount.fusedevice import open_mounted
 from encfs.mount.keeper import Keeper
 from encfs.mount.options import MountOptions
+from tests.support.cluster import NOBODY, give_to_nobody, open_directory
 from tests.support.mounts import REPOSITORY, detach_all
 
 pytestmark = [pytest.mark.fuse, pytest.mark.root]
 
-_NOBODY = 65534
 #: The command without privilege: imported as root, since the interpreter may be where others cannot go.
 _PROGRAM = """
 import contextlib, os, pkgutil, importlib, zoneinfo, oras.client, decimal, pydantic
@@ -35,7 +35,7 @@ for module in pkgutil.walk_packages(encfs.__path__, "encfs."):
         with contextlib.suppress(ImportError):
             importlib.import_module(module.name)
 [one.load() for one in entry_points(group="encfs.key_providers", name="file")]
-encfs.mount.handover.receive.__defaults__ = (1.0,)
+encfs.mount.handover.receive.__defaults__ = (3.0,)
 os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)
 encfs.cli.main()
 """
@@ -59,12 +59,7 @@ class Node:
         ):
             subprocess.run([imagetool, *words], check=True, capture_output=True, timeout=60)
         (base / "run").mkdir(mode=0o700)
-        for path in [base, *base.rglob("*")]:
-            os.chown(path, _NOBODY, _NOBODY)
-        parent = base
-        while parent != Path("/tmp"):  # noqa: S108 - where pytest puts its directories
-            parent.chmod(parent.stat().st_mode | 0o755)
-            parent = parent.parent
+        give_to_nobody(base)
 
     def mounted(self) -> int:
         """A descriptor that is mounted, and not served by anybody."""
@@ -103,14 +98,15 @@ class Node:
         assert (self.place / "weights").read_bytes() == self.content
         status = Path(f"/proc/{daemon.pid}/status").read_text()
         assert "CapEff:\t0000000000000000" in status
-        assert f"Uid:\t{_NOBODY}\t{_NOBODY}" in status
+        assert f"Uid:\t{NOBODY}\t{NOBODY}" in status
 
 
 @pytest.fixture
-def node(tmp_path: Path) -> Iterator[Node]:
-    node = Node(tmp_path)
-    yield node
-    detach_all(node.place)
+def node() -> Iterator[Node]:
+    with open_directory() as base:
+        node = Node(base)
+        yield node
+        detach_all(node.place)
 
 
 def _end(daemon: subprocess.Popen[str]) -> None:
