@@ -303,6 +303,7 @@ def opened_artifact(
     from encfs.deferred import loaded_meanwhile
     from encfs.format.volume import DEFAULT_CACHE_SIZE
     from encfs.image.artifact import check_image_platform, choose_manifest, choose_served, is_needed
+    from encfs.oci.reference import parse_reference
 
     policy = trust.policy() if isinstance(trust, TrustOptions) else trust
     wanted = chosen_platform(platform)
@@ -312,7 +313,8 @@ def opened_artifact(
 
             hold_threads(source)
         with loaded_meanwhile(meanwhile) if meanwhile is not None else nullcontext(), span("artifact.open") as traced:
-            if served is None:
+            # A reference by digest says itself what is meant: whoever hands a mount over has no say in it.
+            if served is None or parse_reference(reference).digest is not None:
                 document = source.document()
                 manifest = choose_manifest(source, document, wanted)
                 by_platform, superseded_by = manifest is not document, ""

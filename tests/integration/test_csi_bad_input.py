@@ -21,6 +21,7 @@ from typing import Any
 import grpc
 import pytest
 
+from encfs.artifact import content_digest_of
 from encfs.encoding import b64_encode
 from encfs.mount.runtime import short_path
 from encfs.oci.layout import Layout
@@ -217,13 +218,29 @@ def test_a_node_that_widens_trust(liar: LyingNode, attributes: dict[str, str], c
     assert (event["event"], event["message"]) == ("failed", refused.error["message"])
 
 
+def test_a_node_has_no_say_where_a_digest_is_configured(liar: LyingNode) -> None:
+    """It says that another manifest of the same store was served before: only a tag may be gone on from."""
+    with closing(Layout(liar.pod.artifacts.base / "store")) as store:
+        old, new = store.manifest("v1"), store.manifest("v3")
+    allowed = liar.pod.artifacts.reference("v1").removesuffix(":v1") + f"@{old.digest}"
+    liar.keeper.attributes = {}
+    liar.keeper.content_digest, liar.keeper.manifest_digest = content_digest_of(new), new.digest
+    with Background(liar.pod, references=[allowed], min_version=1) as refused:
+        channel, _ = liar.server.accept()
+        liar.keeper.hand_over(channel)
+        channel.makefile("rb").readline()
+        channel.close()
+    assert refused.error["exit_code"] == 40
+    assert f"the reference names {content_digest_of(old)} now" in refused.error["message"]
+
+
 class Background:
     """A sidecar that is expected to refuse, while the test plays the node."""
 
-    def __init__(self, pod: Pod, patience: float = 30.0) -> None:
+    def __init__(self, pod: Pod, patience: float = 30.0, **configuration: object) -> None:
         self.error: dict[str, Any] = {}
         self._pool = ThreadPoolExecutor(1)
-        self._refusal = self._pool.submit(pod.refusal, patience)
+        self._refusal = self._pool.submit(pod.refusal, patience, **configuration)
 
     def __enter__(self) -> Background:
         return self
