@@ -44,18 +44,6 @@ TEE_NAMES: Mapping[EvidenceKind, str] = {
 _KINDS = {name: kind for kind, name in TEE_NAMES.items()}
 
 
-def runtime_data_digest(
-    nonce: str, tee_public_key: Mapping[str, object], additional_evidence: str = "", *, algorithm: str = "sha384"
-) -> bytes:
-    """What the report data of a session's evidence must be: a digest of the nonce and the session's public key (JWK).
-
-    48 bytes for SHA-384, which every TEE but IBM Secure Execution uses. Raises: FormatError where the key has members
-    that canonical JSON cannot express.
-    """
-    data = {"additional-evidence": additional_evidence, "nonce": nonce, "tee-pubkey": dict(tee_public_key)}
-    return digest_of_json(data, algorithm)
-
-
 def digest_of_json(data: object, algorithm: str = "sha384") -> bytes:
     """Digest of a JSON value in its canonical form (RFC 8785). Raises: FormatError where it has none."""
     return hashlib.new(algorithm, _canonical(data, "the runtime data")).digest()
@@ -147,7 +135,6 @@ _OPTIONAL = {
 _TCBS = ("current_tcb", "reported_tcb", "committed_tcb", "launch_tcb")
 _TCB_PARTS = ("bootloader", "tee", "snp", "microcode")
 _VERSIONS = ("current", "committed")
-_CERTIFICATE_TYPES = {"Empty", "ARK", "ASK", "VCEK", "VLEK", "CRL"}
 
 
 def _snp_from_json(document: Mapping[str, object]) -> Evidence:

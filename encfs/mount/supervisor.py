@@ -46,6 +46,8 @@ _STEADY = 10.0
 _GRACE = 10.0
 #: Seconds that a daemon, and somebody at the control socket, get for their lines.
 _RELAY_PATIENCE = 2.0
+#: Seconds to leave a caller waiting who cannot be accepted now.
+_ACCEPT_PAUSE = 0.05
 
 log = logging.getLogger("encfs.mount")
 
@@ -294,23 +296,27 @@ class Supervisor:
     # The control socket
 
     def _converse(self) -> None:
-        with suppress(OSError, ValueError, RecursionError):
+        try:
             connection, _ = self._server.accept()
-            with connection:
-                connection.settimeout(_RELAY_PATIENCE)
-                _, user = peer(connection)
-                if user not in {0, os.geteuid()}:
-                    return
-                request = json.loads(connection.makefile("rb").readline(MAX_REQUEST_LINE))
-                match request:
-                    case {"op": "status"}:
-                        answer: Mapping[str, object] = {"ok": True, "status": self._status().to_json()}
-                    case {"op": "stop"}:
-                        answer = {"ok": True}
-                        self._stopping = True
-                    case _:
-                        answer = {"ok": False, "error": "unknown operation"}
-                connection.sendall(json.dumps(answer).encode() + b"\n")
+        except OSError:
+            # Whoever calls is still there the next time, and so may be what is lacking (descriptors).
+            time.sleep(_ACCEPT_PAUSE)
+            return
+        with suppress(OSError, ValueError, RecursionError), connection:
+            connection.settimeout(_RELAY_PATIENCE)
+            _, user = peer(connection)
+            if user not in {0, os.geteuid()}:
+                return
+            request = json.loads(connection.makefile("rb").readline(MAX_REQUEST_LINE))
+            match request:
+                case {"op": "status"}:
+                    answer: Mapping[str, object] = {"ok": True, "status": self._status().to_json()}
+                case {"op": "stop"}:
+                    answer = {"ok": True}
+                    self._stopping = True
+                case _:
+                    answer = {"ok": False, "error": "unknown operation"}
+            connection.sendall(json.dumps(answer).encode() + b"\n")
 
     def _status(self) -> MountStatus:
         daemon = self._daemon

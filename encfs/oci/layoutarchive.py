@@ -24,7 +24,6 @@ from encfs.oci.layoutsource import LayoutSource, blob_name
 from encfs.tar.file import TarFile
 
 _HINT = "give what skopeo copy … oci-archive:FILE or podman save --format oci-archive has written"
-_COPY_SIZE = 1 << 20
 
 
 class LayoutArchive(LayoutSource):
