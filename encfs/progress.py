@@ -1,4 +1,4 @@
-"""How library functions report progress, without knowing who watches. Terminals draw it in `encfs.terminal`."""
+"""How library functions report progress, without knowing who watches. Terminals draw it in `encfs.console.terminal`."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
 
-from encfs import commandline
+from encfs.console import commandline
 
 if TYPE_CHECKING:
     import typer

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from encfs.console.terminal import Terminal
 from encfs.errors import KeyFileError
-from encfs.terminal import Terminal
 
 if TYPE_CHECKING:
     from encfs.tpm.policy import PcrRequest, PcrValues

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from encfs.commandline import add_command
-from encfs.terminal import Terminal
+from encfs.console.commandline import add_command
+from encfs.console.terminal import Terminal
 
 app = typer.Typer(name="attest", help="What this machine can prove about itself.", rich_markup_mode=None)
 

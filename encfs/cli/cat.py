@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from encfs.commandparts import (
+from encfs.console.commandparts import (
     CacheOptions,
     KeyOptions,
     PlatformOption,
@@ -15,8 +15,8 @@ from encfs.commandparts import (
     TrustOptions,
     opened_artifact,
 )
+from encfs.console.terminal import Terminal
 from encfs.errors import UsageError
-from encfs.terminal import Terminal
 
 
 def command(

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from encfs.console.terminal import Terminal
 from encfs.errors import UnsupportedError
-from encfs.terminal import Terminal
 
 
 def command(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from encfs.commandparts import (
+from encfs.console.commandparts import (
     CacheOptions,
     KeyOptions,
     PlatformOption,
@@ -11,7 +11,7 @@ from encfs.commandparts import (
     TrustOptions,
     extract_artifact,
 )
-from encfs.terminal import Terminal
+from encfs.console.terminal import Terminal
 
 
 def command(

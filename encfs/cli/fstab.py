@@ -68,9 +68,9 @@ def _words(option: str) -> list[str]:
 
 def main() -> NoReturn:
     """Run `encfs mount` for mount(8)."""
-    from encfs import commandline
     from encfs.cli import PROGRAM, application
-    from encfs.terminal import Settings, Terminal, run
+    from encfs.console import commandline
+    from encfs.console.terminal import Settings, Terminal, run
 
     try:
         words = words_of(sys.argv[1:])

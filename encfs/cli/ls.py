@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from encfs.commandparts import list_artifact as command
+from encfs.console.commandparts import list_artifact as command
 
 __all__ = ["command"]

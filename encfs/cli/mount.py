@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from encfs.commandline import size_option, value_option, words_of
-from encfs.commandparts import (
+from encfs.console.commandline import size_option, value_option, words_of
+from encfs.console.commandparts import (
     BackendOption,
     CacheOptions,
     KeyOptions,
@@ -21,8 +21,8 @@ from encfs.commandparts import (
     chosen_platform,
     opened_artifact,
 )
+from encfs.console.terminal import Terminal
 from encfs.errors import UsageError
-from encfs.terminal import Terminal
 
 if TYPE_CHECKING:
     from encfs.mount.options import MountStatus

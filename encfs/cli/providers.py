@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from encfs.terminal import Terminal
+from encfs.console.terminal import Terminal
 
 
 def command(terminal: Terminal) -> None:

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from encfs.commandline import value_option
-from encfs.commandparts import (
+from encfs.console.commandline import value_option
+from encfs.console.commandparts import (
     BackendOption,
     CacheOptions,
     KeyOptions,
@@ -18,8 +18,8 @@ from encfs.commandparts import (
     chosen_platform,
     opened_artifact,
 )
+from encfs.console.terminal import Terminal
 from encfs.errors import UsageError
-from encfs.terminal import Terminal
 
 
 def command(

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from encfs.terminal import Terminal
-from encfs.tpmoptions import TpmPolicyOptions, policy_lines, warn_of_policy
+from encfs.console.terminal import Terminal
+from encfs.console.tpmoptions import TpmPolicyOptions, policy_lines, warn_of_policy
 
 
 def command(

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from encfs.commandline import size_option
-from encfs.commandparts import CacheOptions, KeyOptions, chosen_platform, opened_artifact
-from encfs.terminal import Terminal
+from encfs.console.commandline import size_option
+from encfs.console.commandparts import CacheOptions, KeyOptions, chosen_platform, opened_artifact
+from encfs.console.terminal import Terminal
 
 
 def command(

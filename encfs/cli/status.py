@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from encfs.console.terminal import Terminal
 from encfs.errors import MountError
-from encfs.terminal import Terminal
 from encfs.units import format_duration, format_size
 
 if TYPE_CHECKING:

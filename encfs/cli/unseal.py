@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from encfs.console.terminal import Terminal
 from encfs.errors import UsageError
-from encfs.terminal import Terminal
 
 
 def command(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from encfs import commandline
+from encfs.console import commandline
 from imagetool.cli import (
     attest,
     broker,

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from encfs.commandline import add_command
+from encfs.console.commandline import add_command
+from encfs.console.terminal import Terminal
 from encfs.errors import EvidenceRefusedError
-from encfs.terminal import Terminal
 from imagetool.cli.evidencepolicy import EvidenceOptions, PolicyOptions
 
 if TYPE_CHECKING:

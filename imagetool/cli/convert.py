@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from encfs.commandline import value_option
-from encfs.commandparts import CacheOptions, KeyOptions, RegistryOptions, TrustOptions, opened_artifact, opened_source
+from encfs.console.commandline import value_option
+from encfs.console.commandparts import (
+    CacheOptions,
+    KeyOptions,
+    RegistryOptions,
+    TrustOptions,
+    opened_artifact,
+    opened_source,
+)
+from encfs.console.terminal import Terminal
 from encfs.errors import MissingKeyError, UsageError
-from encfs.terminal import Terminal
 from encfs.units import format_duration, format_size
 from imagetool.cli.encrypting import MaxLayerSizeOption
 from imagetool.cli.ocicrypt import KekOption, PlatformsOption, opened_keys, opened_recipients

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from encfs.commandparts import IndexPlatformOption, MirrorOptions
-from encfs.terminal import Terminal
+from encfs.console.commandparts import IndexPlatformOption, MirrorOptions
+from encfs.console.terminal import Terminal
 
 _FORMS = "oci:PATH[:TAG], oci-archive:FILE[:TAG] or docker://HOST/REPOSITORY[:TAG]"
 

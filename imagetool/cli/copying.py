@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from contextlib import closing
 
-from encfs.commandparts import RegistryOptions, opened_source, wanted_platform
+from encfs.console.commandparts import RegistryOptions, opened_source, wanted_platform
+from encfs.console.terminal import Terminal
 from encfs.errors import UsageError
 from encfs.oci.reference import Transport, parse_reference
-from encfs.terminal import Terminal
 from encfs.units import format_duration, format_size
 
 

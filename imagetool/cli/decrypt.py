@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from encfs.commandparts import (
+from encfs.console.commandparts import (
     CacheOptions,
     KeyOptions,
     PlatformOption,
@@ -17,8 +17,8 @@ from encfs.commandparts import (
     opened_artifact,
     origin_document,
 )
+from encfs.console.terminal import Terminal
 from encfs.errors import UsageError
-from encfs.terminal import Terminal
 from encfs.units import format_duration, format_size
 
 _DEFAULT_COMPRESSION: Literal["gzip"] = "gzip"

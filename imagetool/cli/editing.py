@@ -7,9 +7,9 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from encfs.commandparts import RegistryOptions
+from encfs.console.commandparts import RegistryOptions
+from encfs.console.terminal import Terminal
 from encfs.errors import UsageError
-from encfs.terminal import Terminal
 
 if TYPE_CHECKING:
     from encfs.oci.blobs import BlobSource, BlobTarget, Descriptor

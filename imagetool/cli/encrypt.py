@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from encfs.commandline import size_option, value_option
-from encfs.commandparts import RegistryOptions
+from encfs.console.commandline import size_option, value_option
+from encfs.console.commandparts import RegistryOptions
+from encfs.console.terminal import Terminal
 from encfs.errors import FormatError, UsageError
-from encfs.terminal import Terminal
 from imagetool.cli.encrypting import Job, MaxLayerSizeOption, ReuseOptions, encrypt_image, encrypt_path
 from imagetool.cli.recipientkeys import recipient_keys
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from encfs.commandline import size_option, value_option
-from encfs.commandparts import KeyOptions, RegistryOptions, TrustOptions, warn_of_origin
+from encfs.console.commandline import size_option, value_option
+from encfs.console.commandparts import KeyOptions, RegistryOptions, TrustOptions, warn_of_origin
+from encfs.console.terminal import Terminal
 from encfs.errors import NotFoundError, UsageError
-from encfs.terminal import Terminal
 from encfs.units import format_duration, format_size
 
 if TYPE_CHECKING:

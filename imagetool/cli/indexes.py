@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from encfs.commandparts import RegistryOptions, opened_source, wanted_platform
-from encfs.terminal import Terminal
+from encfs.console.commandparts import RegistryOptions, opened_source, wanted_platform
+from encfs.console.terminal import Terminal
 
 if TYPE_CHECKING:
     from encfs.artifact import LoadedArtifact

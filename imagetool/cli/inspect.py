@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from encfs.commandparts import IndexPlatformOption, ReferenceArgument, RegistryOptions
-from encfs.terminal import Terminal
+from encfs.console.commandparts import IndexPlatformOption, ReferenceArgument, RegistryOptions
+from encfs.console.terminal import Terminal
 from encfs.units import format_size
 from imagetool.cli.indexes import tell_of_public
 

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from encfs.terminal import Terminal
-from encfs.tpmoptions import TpmPolicyOptions, policy_lines, warn_of_policy
+from encfs.console.terminal import Terminal
+from encfs.console.tpmoptions import TpmPolicyOptions, policy_lines, warn_of_policy
 
 KeyType = Literal["x25519", "p256", "p384", "rsa2048", "rsa3072", "ed25519", "mldsa65", "mlkem768x25519", "oct"]
 

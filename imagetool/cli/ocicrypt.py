@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from encfs.commandline import add_command, size_option, value_option
-from encfs.commandparts import RegistryOptions, opened_source
+from encfs.console.commandline import add_command, size_option, value_option
+from encfs.console.commandparts import RegistryOptions, opened_source
+from encfs.console.terminal import Terminal
 from encfs.errors import MissingKeyError
-from encfs.terminal import Terminal
 from encfs.units import format_duration, format_size
 from imagetool.cli.editing import Edited, edited
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from encfs.commandparts import CacheOptions, IndexPlatformOption, wanted_platform
-from encfs.terminal import Terminal
+from encfs.console.commandparts import CacheOptions, IndexPlatformOption, wanted_platform
+from encfs.console.terminal import Terminal
 
 if TYPE_CHECKING:
     from encfs.oci.blobs import Descriptor

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from encfs.commandparts import IndexPlatformOption, RegistryOptions
-from encfs.terminal import Terminal
+from encfs.console.commandparts import IndexPlatformOption, RegistryOptions
+from encfs.console.terminal import Terminal
 
 
 def command(

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import unquote_plus
 
+from encfs.console.terminal import Terminal
 from encfs.errors import FormatError, KeyFileError, UsageError
-from encfs.terminal import Terminal
 
 if TYPE_CHECKING:
     from encfs.keys.recipients import NamedKey, RecipientKey

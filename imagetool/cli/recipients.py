@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from encfs.commandline import add_command
-from encfs.commandparts import (
+from encfs.console.commandline import add_command
+from encfs.console.commandparts import (
     IndexPlatformOption,
     KeyOptions,
     ReferenceArgument,
@@ -16,8 +16,8 @@ from encfs.commandparts import (
     TrustOptions,
     wanted_platform,
 )
+from encfs.console.terminal import Terminal
 from encfs.errors import MissingKeyError
-from encfs.terminal import Terminal
 from imagetool.cli.editing import edited, report
 from imagetool.cli.encrypt import PassphraseFileOption, RecipientsOption
 from imagetool.cli.indexes import tell_of_public

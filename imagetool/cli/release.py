@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from encfs.commandparts import RegistryOptions, TrustOptions, opened_source
+from encfs.console.commandparts import RegistryOptions, TrustOptions, opened_source
+from encfs.console.terminal import Terminal
 from encfs.errors import NotFoundError, UsageError
-from encfs.terminal import Terminal
 from imagetool.cli.broker.parts import opened, resource_path
 
 if TYPE_CHECKING:

@@ -6,8 +6,14 @@ from typing import Annotated
 
 import typer
 
-from encfs.commandparts import IndexPlatformOption, ReferenceArgument, RegistryOptions, TrustOptions, wanted_platform
-from encfs.terminal import Terminal
+from encfs.console.commandparts import (
+    IndexPlatformOption,
+    ReferenceArgument,
+    RegistryOptions,
+    TrustOptions,
+    wanted_platform,
+)
+from encfs.console.terminal import Terminal
 from imagetool.cli.editing import edited, report
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from encfs.commandparts import (
+from encfs.console.commandparts import (
     IndexPlatformOption,
     KeyOptions,
     ReferenceArgument,
@@ -14,7 +14,7 @@ from encfs.commandparts import (
     origin_document,
     wanted_platform,
 )
-from encfs.terminal import Terminal
+from encfs.console.terminal import Terminal
 from encfs.units import format_size
 from imagetool.cli.indexes import Told, tell
 

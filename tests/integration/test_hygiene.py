@@ -93,7 +93,7 @@ def test_a_mount_leaves_no_secret_around(place: Path) -> None:
 def test_commands_leave_no_core_file() -> None:
     code = (
         "import resource, sys\n"
-        "from encfs import commandline\n"
+        "from encfs.console import commandline\n"
         "from encfs.cli import app\n"
         "try: commandline.main(app, 'encfs', ['--version'])\n"
         "except SystemExit: print(resource.getrlimit(resource.RLIMIT_CORE)[0])"

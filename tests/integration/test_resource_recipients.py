@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from encfs.console.terminal import Terminal
 from encfs.errors import KeyFileError, UsageError, WrongKeyError
 from encfs.keys.jwk import generate_key
 from encfs.keys.keyring import create_keyring, parse_keyring
 from encfs.keys.recipients import NamedKey, RecipientKey, unwrap_with_key
 from encfs.keys.secrets import SymmetricKey
-from encfs.terminal import Terminal
 from imagetool.cli.recipientkeys import parse_resource_recipient, recipient_keys
 from tests.support.broker import Served, imagetool, make_broker, serving
 

@@ -17,7 +17,7 @@ import pytest
 
 import encfs.cli
 import imagetool.cli
-from encfs import commandline
+from encfs.console import commandline
 from encfs.errors import (
     ConflictError,
     EncfsError,

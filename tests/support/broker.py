@@ -24,8 +24,8 @@ from urllib.parse import urlsplit
 import pytest
 
 import imagetool.cli as imagetool_cli
-from encfs import commandline
 from encfs.attestation.kbs import digest_of_json
+from encfs.console import commandline
 from encfs.encoding import b64_encode
 from encfs.kbs import jwe, protocol
 from encfs.keys.jwk import PrivateKey

@@ -23,6 +23,7 @@ from typing import Any
 
 import grpc
 
+from encfs.console.terminal import INTERNAL_ERROR_EXIT_CODE
 from encfs.csi import csi_pb2 as csi
 from encfs.keys.files import write_key_files
 from encfs.keys.jwk import PrivateKey, generate_key
@@ -31,7 +32,6 @@ from encfs.mount.keeper import Keeper
 from encfs.mount.options import MountOptions
 from encfs.mount.runtime import short_path
 from encfs.oci.layout import Layout
-from encfs.terminal import INTERNAL_ERROR_EXIT_CODE
 from tests.support.artifacts import ARTIFACT_ID, Keys, encrypt_tree, make_keys
 from tests.support.mounts import REPOSITORY, detach_all
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from datetime import datetime, tzinfo
 
-from encfs import commandline
+from encfs.console import commandline
 from imagetool import cli
 from imagetool.broker import handlers
 

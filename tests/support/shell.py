@@ -16,7 +16,7 @@ import pytest
 
 import encfs.cli
 import imagetool.cli
-from encfs import commandline
+from encfs.console import commandline
 from encfs.errors import EncfsError
 from encfs.mount.runtime import ENVIRONMENT_VARIABLE
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from encfs import commandline
+from encfs.console import commandline
 from imagetool import cli
 from tests.support.snpchip import trust_authority
 

@@ -16,12 +16,12 @@ import typer.main
 
 import encfs.cli
 import imagetool.cli
-from encfs import commandline, errors
-from encfs.commandparts import TrustOptions
+from encfs.console import commandline, errors
+from encfs.console.commandparts import TrustOptions
+from encfs.console.terminal import INTERNAL_ERROR_EXIT_CODE, Settings, Terminal
 from encfs.format.frames import DEFAULT_FRAME_SIZE
 from encfs.format.writer import DEFAULT_SEGMENT_SIZE
 from encfs.keys.jwk import GENERATED_TYPES
-from encfs.terminal import INTERNAL_ERROR_EXIT_CODE, Settings, Terminal
 from encfs.tpm.structures import RESIDENT_KINDS
 from encfs.units import format_size
 from imagetool.cli.keygen import KeyType

@@ -1,4 +1,4 @@
-"""Output, progress, and how commands end: `encfs.terminal` and `encfs.drawing`."""
+"""Output, progress, and how commands end: `encfs.console.terminal` and `encfs.console.drawing`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ from collections.abc import Callable
 
 import pytest
 
-from encfs.drawing import PlainProgress
-from encfs.errors import EncfsError, NotFoundError, StorageError, UsageError
-from encfs.progress import NoProgress
-from encfs.terminal import (
+from encfs.console.drawing import PlainProgress
+from encfs.console.terminal import (
     INTERNAL_ERROR_EXIT_CODE,
     SIGNAL_EXIT_BASE,
     Settings,
@@ -27,6 +25,8 @@ from encfs.terminal import (
     run,
     translated_errors,
 )
+from encfs.errors import EncfsError, NotFoundError, StorageError, UsageError
+from encfs.progress import NoProgress
 
 
 class Clock:
@@ -234,9 +234,9 @@ def test_no_progress_off_a_terminal_unless_asked(terminal: Terminal) -> None:
 
 _DRAW = """
 import sys, time
-import encfs.drawing
-from encfs.terminal import Settings, Terminal
-encfs.drawing.DRAW_AFTER = encfs.drawing.REDRAW_INTERVAL = 0
+import encfs.console.drawing
+from encfs.console.terminal import Settings, Terminal
+encfs.console.drawing.DRAW_AFTER = encfs.console.drawing.REDRAW_INTERVAL = 0
 terminal = Terminal("encfs")
 terminal.configure(Settings())
 with terminal.progress() as progress:
@@ -298,7 +298,7 @@ def test_no_bar_on_a_dumb_terminal() -> None:
 
 _RUN = """
 import os, signal, sys, time
-from encfs.terminal import Settings, Terminal, run
+from encfs.console.terminal import Settings, Terminal, run
 terminal = Terminal("encfs")
 terminal.configure(Settings())
 def call():

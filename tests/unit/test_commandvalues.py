@@ -10,8 +10,8 @@ import pytest
 import typer
 from typer.core import TyperCommand
 
-from encfs.commandline import size_option
-from encfs.commandvalues import Command
+from encfs.console.commandline import size_option
+from encfs.console.commandvalues import Command
 from encfs.errors import UsageError
 
 WORDS: list[list[str]] = [
@@ -84,7 +84,7 @@ def test_values_and_refusals_are_typers_own(words: list[str]) -> None:
 
 def test_a_command_line_as_it_is_used_does_not_load_pydantic() -> None:
     program = (
-        "import sys\nfrom encfs.cli import application\nfrom encfs.commandline import main\n"
+        "import sys\nfrom encfs.cli import application\nfrom encfs.console.commandline import main\n"
         "try: main(application(sys.argv[1:]), 'encfs', sys.argv[1:])\n"
         "except SystemExit: print('pydantic' in sys.modules)\n"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from encfs.commandline import add_command
+from encfs.console.commandline import add_command
 from imagetool.cli.broker import init, keys, policies, releases, serve
 
 app = typer.Typer(name="broker", help="A key broker of your own: serve, keys, policy, log.", rich_markup_mode=None)

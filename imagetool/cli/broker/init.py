@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from encfs.console.terminal import Terminal
 from encfs.errors import UsageError
-from encfs.terminal import Terminal
 from imagetool.cli.broker.parts import require_packages
 
 

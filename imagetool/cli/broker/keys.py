@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from encfs.commandline import add_command
+from encfs.console.commandline import add_command
+from encfs.console.terminal import Terminal
 from encfs.errors import KeyFileError, UsageError
-from encfs.terminal import Terminal
 from imagetool.cli.broker.parts import DirectoryArgument, ResourceArgument, add_key, changed, opened, resource_path
 
 app = typer.Typer(name="key", help="The keys that the broker releases.", rich_markup_mode=None)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from encfs.console.terminal import Terminal
 from encfs.errors import UnsupportedError, UsageError
-from encfs.terminal import Terminal
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from encfs.commandline import add_command
+from encfs.console.commandline import add_command
+from encfs.console.terminal import Terminal
 from encfs.errors import FormatError, NotFoundError
-from encfs.terminal import Terminal
 from imagetool.cli.broker.parts import DirectoryArgument, changed, opened, require_packages
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
+from encfs.console.terminal import Terminal
 from encfs.errors import UsageError
 from encfs.strictjson import MAX_INTEGER
-from encfs.terminal import Terminal
 from imagetool.cli.broker.parts import DirectoryArgument, opened, resource_path
 
 

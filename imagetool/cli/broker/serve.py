@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from encfs.terminal import Terminal
+from encfs.console.terminal import Terminal
 from imagetool.cli.broker.parts import DirectoryArgument, opened
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from encfs.console.terminal import Terminal
 from encfs.errors import UsageError
-from encfs.terminal import Terminal
 
 if TYPE_CHECKING:
     from encfs.tpm.policy import Authorization, PcrRequest, PcrValues, Policy

@@ -16,10 +16,10 @@ from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 
-from encfs.commandvalues import Command, Group
+from encfs.console.commandvalues import Command, Group
+from encfs.console.terminal import ProgressMode, Settings, Terminal, run, translated_errors
 from encfs.errors import UsageError
 from encfs.hardening import forbid_core_files
-from encfs.terminal import ProgressMode, Settings, Terminal, run, translated_errors
 from encfs.units import parse_size
 
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from encfs.commandline import size_option, value_option
+from encfs.console.commandline import size_option, value_option
+from encfs.console.terminal import Terminal
 from encfs.errors import UsageError
-from encfs.terminal import Terminal
 from encfs.tracing import span
 
 if TYPE_CHECKING:

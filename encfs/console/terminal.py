@@ -1,7 +1,7 @@
 """What the commands of both programs share: where their output goes and how they end.
 
 Results go to standard output, as lines for people or as one JSON object with `--json`; messages, warnings, progress and
-errors go to standard error. Knows nothing of option parsing (`encfs.commandline`) and is used by no library module.
+errors go to standard error. Knows nothing of option parsing (`commandline`) and is used by no library module.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Literal
 
-from encfs.drawing import FancyProgress, PlainProgress
+from encfs.console.drawing import FancyProgress, PlainProgress
 from encfs.errors import EncfsError, NotFoundError, StorageError, UsageError
 from encfs.progress import NoProgress, Progress
 
