@@ -16,7 +16,8 @@ import typer.main
 
 import encfs.cli
 import imagetool.cli
-from encfs.console import commandline, errors
+from encfs import errors
+from encfs.console import commandline
 from encfs.console.commandparts import TrustOptions
 from encfs.console.terminal import INTERNAL_ERROR_EXIT_CODE, Settings, Terminal
 from encfs.format.frames import DEFAULT_FRAME_SIZE
