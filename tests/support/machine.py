@@ -22,8 +22,8 @@ _SYSTEMD = Path("/usr/lib/systemd/systemd")
 #: Seconds to boot, and for one command.
 _TIMEOUT = 90
 
-#: Arguments: a directory for the root filesystem, one to be seen there as /test, and those that are not on this
-#: machine's root filesystem. The first process has its own namespaces already.
+#: Arguments: a directory for the root filesystem, one to be seen there as /test, and those that a copy of this
+#: machine's root filesystem lacks. The first process has its own namespaces already.
 _BOOT = r"""
 set -e
 root=$1 shared=$2; shift 2
@@ -34,13 +34,13 @@ mount -t overlay -o "lowerdir=/,upperdir=$root/upper,workdir=$root/work" overlay
 cd "$root/root"
 rm -rf etc/systemd/system usr/lib/systemd/system/*.wants etc/fstab
 mkdir -p etc/systemd/system test mnt etc/encfs
+mount -t tmpfs none run; mount -t tmpfs none tmp
 for path; do mkdir -p ".$path" && mount --rbind "$path" ".$path"; done
 mount --bind "$shared" test
 mount -t proc proc proc
 mount --rbind /sys sys
 umount -R sys/fs/cgroup
 mount -t cgroup2 none sys/fs/cgroup
-mount -t tmpfs none run; mount -t tmpfs none tmp
 mount -t tmpfs none dev; mkdir dev/shm dev/pts
 for name in null zero full random urandom tty fuse; do touch dev/$name; mount --bind /dev/$name dev/$name; done
 ln -s /proc/self/fd dev/fd
@@ -93,7 +93,7 @@ def booted() -> Iterator[Machine]:
         root, shared = Path(name, "root"), Path(name, "shared")
         root.mkdir()
         shared.mkdir()
-        places = [str(path) for path in (REPOSITORY, sys.prefix, sys.base_prefix) if not _is_on_root(Path(path))]
+        places = [str(path) for path in (REPOSITORY, sys.prefix, sys.base_prefix) if not _is_copied(Path(path))]
         namespaces = ["--mount", "--pid", "--uts", "--ipc", "--cgroup", "--fork", "--kill-child"]
         boot = subprocess.Popen(
             ["unshare", *namespaces, "sh", "-c", _BOOT, _SYSTEMD, root, shared, *places],
@@ -109,8 +109,10 @@ def booted() -> Iterator[Machine]:
             boot.communicate()
 
 
-def _is_on_root(path: Path) -> bool:
-    return path.stat().st_dev == Path("/").stat().st_dev
+def _is_copied(path: Path) -> bool:
+    """Whether the copy of the root filesystem has it: not from other filesystems, nor where it gets empty ones."""
+    hidden = any(path.is_relative_to(one) for one in ("/tmp", "/run", "/dev"))  # noqa: S108 - not to be written
+    return path.stat().st_dev == Path("/").stat().st_dev and not hidden
 
 
 def _wait_for_boot(boot: subprocess.Popen[str]) -> int:
