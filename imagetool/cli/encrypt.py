@@ -80,7 +80,7 @@ def command(
     frame_size: Annotated[
         int | None,
         size_option(
-            "--frame-size", help="Bytes sealed together, a power of two.", default="32KiB, 128KiB for large files"
+            "--frame-size", help="Bytes sealed together, a power of two.", default="32KiB, 256KiB for large files"
         ),
     ] = None,
     segment_size: Annotated[

@@ -27,7 +27,7 @@ from imagetool.sources.directory import SourceOptions, add_source, measure_sourc
 
 #: Frames of sources whose files are large: models are read in sequence or by the tensor, on several threads, which
 #: contend for the interpreter's lock at every frame.
-LARGE_FRAME_SIZE = 128 << 10
+LARGE_FRAME_SIZE = 256 << 10
 #: Mean bytes of a file from which on files count as large.
 _LARGE_FILES = 1 << 20
 
