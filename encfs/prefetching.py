@@ -241,6 +241,8 @@ class Prefetch:
                 return
             except Exception:
                 log.exception("unexpected error in prefetch")
+                with self._lock:
+                    self._error = "unexpected error: the log has it"
                 self._end("failed")
                 return
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,29 +16,11 @@ import pytest
 from encfs.csi import csi_pb2 as csi
 from encfs.errors import EncfsError, PinError, TrustError, UsageError, WrongIdError
 from encfs.sidecar import SidecarConfig, load_config, narrow
-from tests.support.cluster import Artifacts, Node, Pod, make_artifacts, open_directory
+from tests.support.cluster import Node, Pod, artifacts, node, pod
 from tests.support.mounts import REPOSITORY, detach_all, is_mounted
 from tests.support.registry import OciServer
 
-
-@pytest.fixture(scope="module")
-def artifacts() -> Iterator[Artifacts]:
-    with open_directory() as base:
-        yield make_artifacts(base / "artifacts")
-
-
-@pytest.fixture(scope="module")
-def node(artifacts: Artifacts) -> Iterator[Node]:
-    node = Node(artifacts.base.parent)
-    yield node
-    node.end()
-
-
-@pytest.fixture
-def pod(node: Node, artifacts: Artifacts) -> Iterator[Pod]:
-    pod = Pod(node.directory, artifacts)
-    yield pod
-    pod.end()
+__all__ = ["artifacts", "node", "pod"]
 
 
 @pytest.mark.fuse

@@ -26,9 +26,11 @@ from encfs.encoding import b64_encode
 from encfs.mount.runtime import short_path
 from encfs.oci.layout import Layout
 from tests.support.artifacts import ARTIFACT_ID
-from tests.support.cluster import Artifacts, LyingNode, Node, Pod, give_to_nobody, make_artifacts, open_directory
+from tests.support.cluster import LyingNode, Node, Pod, artifacts, give_to_nobody, node, pod
 from tests.support.image_artifacts import directory, encrypt_image, file, image_config, whiteout
 from tests.support.mounts import is_mounted
+
+__all__ = ["artifacts", "node", "pod"]
 
 pytestmark = [pytest.mark.fuse, pytest.mark.root]
 
@@ -45,26 +47,6 @@ try:
 except OSError as error:
     print(errno.errorcode[error.errno])
 """
-
-
-@pytest.fixture(scope="module")
-def artifacts() -> Iterator[Artifacts]:
-    with open_directory() as base:
-        yield make_artifacts(base / "artifacts")
-
-
-@pytest.fixture(scope="module")
-def node(artifacts: Artifacts) -> Iterator[Node]:
-    node = Node(artifacts.base.parent)
-    yield node
-    node.end()
-
-
-@pytest.fixture
-def pod(node: Node, artifacts: Artifacts) -> Iterator[Pod]:
-    pod = Pod(node.directory, artifacts)
-    yield pod
-    pod.end()
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 
 from encfs.console.terminal import INTERNAL_ERROR_EXIT_CODE
 from encfs.csi import csi_pb2 as csi
@@ -287,3 +288,26 @@ class LyingNode:
             self.keeper.hand_over(ours)
             document: dict[str, object] = json.loads(theirs.recv(1 << 16))
         return document | more
+
+
+# Fixtures of the modules that import them
+
+
+@pytest.fixture(scope="module")
+def artifacts() -> Iterator[Artifacts]:
+    with open_directory() as base:
+        yield make_artifacts(base / "artifacts")
+
+
+@pytest.fixture(scope="module")
+def node(artifacts: Artifacts) -> Iterator[Node]:
+    node = Node(artifacts.base.parent)
+    yield node
+    node.end()
+
+
+@pytest.fixture
+def pod(node: Node, artifacts: Artifacts) -> Iterator[Pod]:
+    pod = Pod(node.directory, artifacts)
+    yield pod
+    pod.end()

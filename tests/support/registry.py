@@ -20,6 +20,7 @@ import ssl
 import subprocess
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -122,7 +123,7 @@ def _certificate(
 # -- registries
 
 
-class Server:
+class Server(ABC):
     """A registry in a process of its own, with its log in a directory; `stop` and `start` as often as needed."""
 
     def __init__(self, directory: Path) -> None:
@@ -132,8 +133,9 @@ class Server:
         self.host = f"127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
 
+    @abstractmethod
     def command(self) -> list[str]:
-        raise NotImplementedError
+        """What starts it."""
 
     def start(self) -> None:
         command = self.command()
