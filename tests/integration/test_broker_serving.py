@@ -1,4 +1,4 @@
-"""Real brokers and the real client: mounts, restarts, two brokers on one database, kills, attacks on the database."""
+"""Real brokers and the real client: mounts, restarts, two brokers on one database, kills; what one address may do."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import select
 import shutil
 import signal
 import socket
-import sqlite3
 import ssl
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,15 +22,8 @@ import pytest
 
 from encfs.attestation import amd
 from encfs.errors import RollbackError
-from encfs.kbs import jwe
-from encfs.keys.keyring import create_keyring, parse_keyring
-from encfs.keys.providers import provider_from_uri
-from encfs.keys.secrets import SymmetricKey
 from imagetool.broker.config import read_config
-from imagetool.broker.opening import open_broker
 from imagetool.broker.rollback import check_mark
-from imagetool.broker.sessions import begin
-from imagetool.broker.tickets import write_cookie
 from tests.support.broker import (
     BIN,
     PATH,
@@ -40,10 +31,12 @@ from tests.support.broker import (
     Handshake,
     Served,
     configure,
+    copied,
     imagetool,
     make_broker,
     serving,
     set_policy,
+    unwrapped,
     wait_until,
 )
 from tests.support.postgres import Postgres, running_postgres
@@ -65,19 +58,6 @@ def postgres() -> Iterator[Postgres]:
 def database(request: pytest.FixtureRequest) -> str:
     kind: str = request.param
     return request.getfixturevalue("postgres").database() if kind == "postgresql" else kind
-
-
-def unwrapped(uri: str, directory: Path) -> bool:
-    """Whether the real client gets the key, and it is the right one."""
-    key = json.loads((directory.parent / "kek.jwk").read_text())["k"]
-    from encfs.encoding import b64url_decode
-
-    keyring = create_keyring(b"payload", DIGEST, [SymmetricKey(bytearray(b64url_decode(key, "k")))])
-    provider = provider_from_uri(uri)
-    try:
-        return bytes(parse_keyring(keyring, DIGEST).open([provider])) == b"payload"
-    finally:
-        provider.close()
 
 
 @pytest.mark.fuse
@@ -212,189 +192,6 @@ def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
         broker.process.kill()
         broker.process.wait(30)
         wait_until(lambda: not any(_runs(pid) for pid in workers))
-
-
-# The database: locked, full, altered, set back
-
-
-def test_a_locked_database(tmp_path: Path) -> None:
-    directory = make_broker(tmp_path / "b")
-    with serving(directory) as broker:
-        client = Handshake(broker.url, broker.ca).attested()
-        lock = sqlite3.connect(directory / "broker.db", isolation_level=None)
-        lock.execute("BEGIN IMMEDIATE")
-        answer = client.resource()
-        assert (answer.status, answer.kind) == (503, "Unavailable")
-        lock.execute("ROLLBACK")
-        lock.close()
-        assert client.resource().status == 200
-        assert "is locked" in broker.errors.read_text()
-    log = imagetool("broker", "releases", directory, "--path", PATH)["entries"]
-    assert [one["event"] for one in log] == ["key-added", "released"]
-
-
-def test_a_database_that_another_program_keeps_for_itself(tmp_path: Path) -> None:
-    """Not even readable: every answer is in time, and none is a key."""
-    directory = make_broker(tmp_path / "b")
-    with serving(directory) as broker:
-        client = Handshake(broker.url, broker.ca).attested()
-        other = Handshake(broker.url, broker.ca).begin()
-        for pid in broker.workers():  # they have it open: it is taken before their successors have
-            os.kill(pid, signal.SIGKILL)
-        keeper = sqlite3.connect(directory / "broker.db", isolation_level=None, timeout=10)
-        keeper.execute("PRAGMA locking_mode = EXCLUSIVE")
-        keeper.execute("BEGIN EXCLUSIVE")
-        wait_until(lambda: len(broker.workers()) == 2)
-        with ThreadPoolExecutor(3) as pool:
-            asked = [pool.submit(client.resource), pool.submit(other.attest)]
-            started = time.monotonic()
-            assert client.request("GET", "/healthz").status == 200
-            assert time.monotonic() - started < 4  # nothing else waits
-            for one in asked:
-                answer = one.result()
-                assert (answer.status, answer.kind) == (503, "Unavailable")
-            assert time.monotonic() - started < 20
-        assert client.request("GET", "/readyz").status == 503
-        keeper.close()
-        assert client.resource().status == 200
-        assert other.attest().status == 200
-        assert "is locked" in broker.errors.read_text()
-    imagetool("broker", "releases", directory, "--verify")
-
-
-def test_postgresql_stopped_and_started(tmp_path: Path) -> None:
-    with running_postgres() as server:
-        directory = make_broker(tmp_path / "b", "--database", server.database())
-        with serving(directory) as broker:
-            client = Handshake(broker.url, broker.ca).attested()
-            assert client.resource().status == 200
-            other = Handshake(broker.url, broker.ca).begin()
-            server.stop()
-            for answer in (client.resource(), other.attest(), client.resource()):
-                assert (answer.status, answer.kind) == (503, "Unavailable")
-            assert client.request("GET", "/readyz").status == 503
-            assert client.request("GET", "/healthz").status == 200
-            assert "hidden" not in broker.errors.read_text()
-            server.start()
-            wait_until(lambda: client.request("GET", "/readyz").status == 200)
-            # Nothing of it is lost, neither the sessions nor the nonce that was not spent.
-            assert client.resource().status == 200
-            assert other.attest().status == 200
-            assert unwrapped(broker.uri(), directory)
-        log = imagetool("broker", "releases", directory, "--path", PATH)["entries"]
-        assert [one["event"] for one in log] == ["key-added", "released", "released", "released"]
-        imagetool("broker", "releases", directory, "--verify")
-
-
-def _fill(descriptor: int) -> None:
-    while True:
-        os.write(descriptor, bytes(4096))
-
-
-@pytest.mark.root
-def test_a_full_database(tmp_path: Path) -> None:
-    place = tmp_path / "small"
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", place], check=True)
-    try:
-        directory = make_broker(place / "b")
-        with serving(directory) as broker:
-            client = Handshake(broker.url, broker.ca).attested()
-            filler = os.open(place / "filler", os.O_WRONLY | os.O_CREAT)
-            with pytest.raises(OSError, match="No space left"):
-                _fill(filler)
-            os.close(filler)
-            statuses = {client.resource().status for _ in range(12)}
-            assert 503 in statuses
-            answer = client.resource()
-            assert (answer.status, answer.kind) == (503, "Unavailable")
-            (place / "filler").unlink()
-            assert client.resource().status == 200
-        imagetool("broker", "releases", directory, "--verify")
-    finally:
-        subprocess.run(["umount", place], check=True)
-
-
-def test_a_database_that_was_altered_serves_nobody(tmp_path: Path) -> None:
-    directory = make_broker(tmp_path / "b")
-    with serving(directory) as broker:
-        client = Handshake(broker.url, broker.ca).attested()
-        with sqlite3.connect(directory / "broker.db") as connection:
-            connection.execute("UPDATE state SET policy = '', epoch = epoch + 1")
-        assert client.resource().status == 503
-        assert client.request("GET", "/readyz").status == 503
-        assert client.request("GET", "/healthz").status == 200
-        assert "altered" in broker.errors.read_text()
-    assert imagetool("broker", "key", "list", directory, code=11)["error"]["type"] == "IntegrityError"
-
-
-def test_another_public_key_in_an_attested_session(tmp_path: Path) -> None:
-    """Who writes to the database puts a key of theirs into a session whose evidence was accepted."""
-    directory = make_broker(tmp_path / "b")
-    with serving(directory) as broker:
-        client = Handshake(broker.url, broker.ca).attested()
-        mine = jwe.public_members(jwe.session_key().public)
-        with sqlite3.connect(directory / "broker.db") as connection:
-            connection.execute("UPDATE sessions SET public_key = ?", (json.dumps(mine),))
-        assert client.resource().status == 401
-    assert imagetool("broker", "releases", directory)["entries"][-1]["reasons"][0]["code"] == "report-data"
-
-
-def _copied(directory: Path, target: Path) -> None:
-    with sqlite3.connect(directory / "broker.db") as source, sqlite3.connect(target) as copy:
-        source.backup(copy)
-
-
-def test_a_database_set_back_under_a_running_broker(tmp_path: Path) -> None:
-    directory = make_broker(tmp_path / "b")
-    _copied(directory, tmp_path / "old.db")
-    set_policy(directory, "")
-    with serving(directory) as broker:
-        assert Handshake(broker.url, broker.ca).begin().attest().status == 401
-        # Both workers have seen the newer epoch.
-        for _ in range(20):
-            assert Handshake(broker.url, broker.ca).request("GET", "/readyz").status == 200
-        with sqlite3.connect(tmp_path / "old.db") as source, sqlite3.connect(directory / "broker.db") as target:
-            source.backup(target)
-        assert Handshake(broker.url, broker.ca).request("GET", "/readyz").status == 503
-        assert "set back" in broker.errors.read_text()
-
-
-def test_clocks_that_were_set_back_end_sessions(tmp_path: Path) -> None:
-    directory = make_broker(tmp_path / "b")
-    opened = open_broker(directory)
-    opened.database.close()
-    with serving(directory) as broker:
-        ahead, behind = (Handshake(broker.url, broker.ca).attested() for _ in range(2))
-        with sqlite3.connect(directory / "broker.db") as connection:
-            for client, shift in ((ahead, 3_600_000), (behind, -3_600_000)):
-                connection.execute(
-                    "UPDATE sessions SET created = created + ?, expires = expires + ? WHERE nonce = ?",
-                    (shift, shift, client.nonce),
-                )
-        for client in (ahead, behind):
-            assert client.resource().kind == "SessionNotFound"
-        # Cookies that a broker of this database gave out long ago, or by a clock that was ahead.
-        for shift, expected in ((0, ""), (3_600_000, "SessionNotFound"), (-301_000, "SessionNotFound")):
-            session = begin("0.4.0", "sample", time.time_ns() // 1_000_000 + shift, 300_000)
-            client = Handshake(broker.url, broker.ca, nonce=session.nonce)
-            client.cookie = f"kbs-session-id={write_cookie(opened.vault, session)}"
-            assert client.attest().kind == expected
-        assert unwrapped(broker.uri(), directory)
-
-
-def test_expired_sessions_are_deleted(tmp_path: Path) -> None:
-    directory = make_broker(tmp_path / "b")
-    with serving(directory) as broker:
-        Handshake(broker.url, broker.ca).attested()
-        with sqlite3.connect(directory / "broker.db") as connection:
-            connection.execute("UPDATE sessions SET expires = 1")
-            connection.commit()
-
-            def left() -> int:
-                return int(connection.execute("SELECT count(*) FROM sessions").fetchone()[0])
-
-            wait_until(lambda: left() == 0)
 
 
 def test_a_crowd_is_told_to_wait(tmp_path: Path) -> None:
@@ -564,7 +361,7 @@ def test_a_sealed_kek_and_a_mark_in_the_tpm(tmp_path: Path, tpm: SoftwareTpm) ->
     (tmp_path / "root.jwk").unlink()
     directory = make_broker(tmp_path / "b", "--kek", f"tpm2:{sealed}", "--tpm2-nv-counter", "0x01800101")
     assert not (directory / "kek.jwk").exists()
-    _copied(directory, tmp_path / "old.db")
+    copied(directory, tmp_path / "old.db")
     with serving(directory) as broker:
         assert unwrapped(broker.uri(), directory)
     set_policy(directory, "")

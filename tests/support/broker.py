@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import signal
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -26,9 +27,12 @@ import pytest
 import imagetool.cli as imagetool_cli
 from encfs.attestation.kbs import digest_of_json
 from encfs.console import commandline
-from encfs.encoding import b64_encode
+from encfs.encoding import b64_encode, b64url_decode
 from encfs.kbs import jwe, protocol
 from encfs.keys.jwk import PrivateKey
+from encfs.keys.keyring import create_keyring, parse_keyring
+from encfs.keys.providers import provider_from_uri
+from encfs.keys.secrets import SymmetricKey
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
@@ -231,3 +235,22 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.02)
+
+
+_DIGEST = "sha256:" + "5a" * 32
+
+
+def unwrapped(uri: str, directory: Path) -> bool:
+    """Whether the real client gets the key, and it is the right one."""
+    key = json.loads((directory.parent / "kek.jwk").read_text())["k"]
+    keyring = create_keyring(b"payload", _DIGEST, [SymmetricKey(bytearray(b64url_decode(key, "k")))])
+    provider = provider_from_uri(uri)
+    try:
+        return bytes(parse_keyring(keyring, _DIGEST).open([provider])) == b"payload"
+    finally:
+        provider.close()
+
+
+def copied(directory: Path, target: Path) -> None:
+    with sqlite3.connect(directory / "broker.db") as source, sqlite3.connect(target) as copy:
+        source.backup(copy)
