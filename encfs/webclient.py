@@ -160,6 +160,8 @@ class WebClient:
         finally:
             if timer is not None:
                 timer.cancel()
+                # It would keep a mount from going to the background, and might cut what this connection carries next.
+                timer.join()
         return answer
 
     def _read(self, response: http.client.HTTPResponse, limit: int) -> bytes:

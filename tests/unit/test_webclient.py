@@ -87,3 +87,18 @@ def test_an_answer_that_drips_ends_at_the_deadline(start: bytes) -> None:
         with pytest.raises(TransportTimeoutError):
             client.exchange("GET", "/")
         assert time.monotonic() - began < 5
+
+
+def test_no_thread_is_left_once_an_answer_is_there() -> None:
+    """A mount goes to the background right after its key has come: a process with threads could not be forked."""
+
+    def answer_twice(connection: socket.socket) -> None:
+        for _ in range(2):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            connection.recv(65536)
+
+    for _ in range(50):
+        with serving(answer_twice) as address, WebClient(address, Deadline(5)) as client:
+            for _ in range(2):
+                client.exchange("GET", "/")
+                assert not any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
