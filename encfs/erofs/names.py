@@ -7,7 +7,7 @@ holds (`writer`), and how names become directories on disk (`metadata`).
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from encfs.erofs.spool import ROOT_ID
 from encfs.erofs.structures import LAYOUT_PLAIN, MAX_NAME, MAX_PATH, TYPE_DIRECTORY, printable
@@ -36,6 +36,8 @@ class Names:
         self._last = ROOT_ID
         self._directories: dict[bytes, int] = {}
         self._cached_size = 0
+        #: From the root down to the directory that was looked up last: the name and number of each.
+        self._way: list[tuple[bytes, int]] = []
         self.inodes = 1
         self.count = 1
         self._insert_implied(ROOT_ID)
@@ -81,34 +83,39 @@ class Names:
 
     def _directory(self, path: bytes) -> int:
         """The number of a directory; it and those above it are noted as implied where they are not there."""
-        ends = []
-        number = ROOT_ID
-        known = path
-        while known:
-            cached = self._directories.get(known)
-            if cached is not None:
-                number = cached
-                break
-            ends.append(len(known))
-            known, slash, _name = known.rpartition(b"/")
-            if slash and not known:
-                raise SourceError(f"{printable(path)}: not a plain relative path")
-        if ends:
-            start = len(known) + 1 if known else 0
-            for end in reversed(ends):
-                name = path[start:end]
-                found = self._find_directory(path[:end], number, name)
-                number = found or self._imply_directory(path[:end], number, name)
-                start = end + 1
-            self.remember(path, number)
+        if not path:
+            return ROOT_ID
+        cached = self._directories.get(path)
+        if cached is not None:
+            return cached
+        names = path.split(b"/")
+        number = self._go_back_to(names)
+        for depth in range(len(self._way), len(names)):
+            number = self._find_directory(number, names, depth) or self._imply_directory(number, names, depth)
+            self._way.append((names[depth], number))
+        self.remember(path, number)
         return number
 
-    def _find_directory(self, path: bytes, parent: int, name: bytes) -> int | None:
-        row = self.find_in(parent, name)
+    def _go_back_to(self, names: Sequence[bytes]) -> int:
+        """Shorten the way to what it shares with `names`; the number of the directory that it leads to then.
+
+        Looking for the longest known path instead would hash every one above, which is quadratic in the depth.
+        """
+        number, shared = ROOT_ID, 0
+        for (name, known), wanted in zip(self._way, names, strict=False):
+            if name != wanted:
+                break
+            number, shared = known, shared + 1
+        del self._way[shared:]
+        return number
+
+    def _find_directory(self, parent: int, names: Sequence[bytes], depth: int) -> int | None:
+        row = self.find_in(parent, names[depth])
         if row is None:
             return None
         if row[1] != TYPE_DIRECTORY:
-            raise SourceError(f"{printable(path)}: something lies below it, but it is not a directory")
+            above = printable(b"/".join(names[: depth + 1]))
+            raise SourceError(f"{above}: something lies below it, but it is not a directory")
         return row[0]
 
     def remember(self, path: bytes, number: int) -> None:
@@ -121,6 +128,7 @@ class Names:
     def _forget(self) -> None:
         self._directories.clear()
         self._cached_size = 0
+        self._way.clear()
 
     # -- adding
 
@@ -149,10 +157,11 @@ class Names:
         self.insert(path, parent, name, number, TYPE_DIRECTORY, owner=True)
         return number
 
-    def _imply_directory(self, path: bytes, parent: int, name: bytes) -> int:
+    def _imply_directory(self, parent: int, names: Sequence[bytes], depth: int) -> int:
+        name = names[depth]
         if not name or name == b"." or name == b".." or len(name) > MAX_NAME or b"\0" in name:
-            raise SourceError(f"{printable(path)}: not a plain relative path")
-        return self.imply(path, parent, name)
+            raise SourceError(f"{printable(b'/'.join(names))}: not a plain relative path")
+        return self.imply(name, parent, name)
 
     def imply_directory(self, path: bytes) -> None:
         """Note a directory, and those above it, as implied where they are not there. Raises: SourceError."""
@@ -164,22 +173,24 @@ class Names:
     def implied(self) -> Iterator[bytes]:
         """Paths of directories that only entries below them imply so far, in preorder; the root is b"".
 
-        Paths are put together on the way: keeping them would let one long name fill the disk.
+        Paths are put together on the way: keeping one for each level would let a single long name fill disk or memory.
         """
         if self._spool.execute("SELECT mode FROM inode WHERE id = ?", (ROOT_ID,)).fetchone()[0] is None:
             yield b""
-        stack = [(ROOT_ID, b"", b"")]
+        path = bytearray()
+        # Directory, the name in it behind which to go on, length of its path
+        stack = [(ROOT_ID, b"", 0)]
         while stack:
-            number, path, last = stack.pop()
+            number, last, size = stack.pop()
             row = self._spool.execute(_SELECT_NEXT_DIRECTORY, (number, last)).fetchone()
             if row is None:
                 continue
             name, child, is_implied = row
-            stack.append((number, path, name))
-            below = path + b"/" + name if path else name
+            del path[size:]
+            path += b"/" + name if size else name
+            stack += ((number, name, size), (child, b"", len(path)))
             if is_implied:
-                yield below
-            stack.append((child, below, b""))
+                yield bytes(path)
 
     def link(self, path: bytes, link_to: bytes, *, replace: bool) -> None:
         """A further name of what is at `link_to`. Raises: SourceError where nothing fit is there."""

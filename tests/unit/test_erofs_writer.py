@@ -292,6 +292,41 @@ def test_memory_does_not_grow_with_the_number_of_files(tmp_path: Path) -> None:
     assert peak(20_000) < peak(2_000) + (1 << 20)
 
 
+def test_memory_does_not_grow_with_the_square_of_the_depth(tmp_path: Path) -> None:
+    """One name of a hostile archive implies thousands of directories, each with a path of its own."""
+    depth = 8000
+    with FileSink(tmp_path / "image") as sink, ErofsWriter(sink, uuid=TEST_UUID) as writer:
+        tracemalloc.start()
+        try:
+            writer.add(Entry(b"/".join([b"a"] * depth), FILE))
+            longest = max(map(len, writer.implied_directories()))
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert longest == 2 * (depth - 1) - 1
+    # All paths together are 64 MB.
+    assert peak < 8 << 20
+
+
+def test_directories_are_found_wherever_the_last_one_was(tmp_path: Path) -> None:
+    """Also where directories were removed since, or something else has come into their place."""
+    with FileSink(tmp_path / "image") as sink, ErofsWriter(sink, uuid=TEST_UUID, replace=True) as writer:
+        for path in (b"a/b/c/f", b"a/b/d/f", b"a/b/f", b"x/y/f", b"a/b/c/g"):
+            writer.add(Entry(path, FILE))
+        writer.remove(b"a/b")
+        writer.add(Entry(b"a/b/c/h", FILE))
+        writer.add(Entry(b"x/y", FILE))
+        with pytest.raises(SourceError, match=r"^x/y: something lies below it"):
+            writer.add(Entry(b"x/y/z/f", FILE))
+    with FileSink(tmp_path / "image") as sink, ErofsWriter(sink, uuid=TEST_UUID, synthesise_parents=True) as writer:
+        for path in (b"a/b/c/f", b"a/b/d/f", b"a/f", b"x/y/f", b"a/b/c/g"):
+            writer.add(Entry(path, FILE))
+        writer.finish()
+    with open_image(tmp_path / "image") as reader:
+        found = sorted(path for path, _ in walk(reader, reader.inode(reader.root)))
+    assert found == sorted(b"a a/b a/b/c a/b/c/f a/b/c/g a/b/d a/b/d/f a/f x x/y x/y/f".split())
+
+
 def test_full_temporary_storage_is_reported(tmp_path: Path) -> None:
     """The database spills to a file; a limit on the size of files stands for a full disk."""
     script = """
