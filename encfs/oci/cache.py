@@ -308,13 +308,6 @@ class Cache:
             self._written = 0
         self.evict()
 
-    def usage(self) -> int:
-        """Bytes of disk space that are allocated. Raises: StorageError."""
-        try:
-            return sum(item.allocated for item in self._scan())
-        except OSError as error:
-            raise StorageError(f"{self.directory}: {error.strerror}") from None
-
     def evict(self) -> None:
         """Remove what was not used for longest where the cache is too large, or nearly so. One process does it."""
         try:
@@ -359,6 +352,10 @@ class Cache:
             file = os.open(item.name, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
         except FileNotFoundError:
             return
+        except PermissionError:
+            # Taken by an eviction that was cut short: it must not stop every later one.
+            self._remove_stray(folder, item.name)
+            return
         try:
             os.fchmod(file, _EVICTED_MODE)
             os.unlink(item.name, dir_fd=folder)
@@ -401,9 +398,12 @@ class Cache:
         if random.random() * self._quantum < self._written:  # noqa: S311 - no secret
             self.evict()
         self.files.close()
-        for folder in (*self._folders.values(), self._root):
-            os.close(folder)
+        closing = (*self._folders.values(), self._root)
+        # Before they are closed: a thread that still fetches must not meet another's file under the same number.
+        self._folders = dict.fromkeys(self._folders, -1)
         self._root = -1
+        for folder in closing:
+            os.close(folder)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from encfs.oci import cache as module
 from encfs.oci.cache import GRAIN, Cache, Tag, open_cache
 from encfs.oci.cachedblob import PART_SIZE, CachedBlob
 from encfs.oci.options import default_cache_dir
+from tests.support.nobody import as_nobody, nobodys_place
 
 MIB = 1 << 20
 SIZE = 3 * MIB + 17
@@ -92,7 +93,6 @@ def test_files_are_sparse_and_parted(cache: Cache) -> None:
     assert blob.write(size - 100, data[:100])
     assert part_file(cache, part=3).stat().st_size == GRAIN + 1
     assert allocated(cache) < MIB
-    assert cache.usage() <= allocated(cache)
 
 
 def test_it_survives_its_process(cache: Cache) -> None:
@@ -410,6 +410,35 @@ def test_an_eviction_that_was_cut_short_leaves_nothing_that_counts(cache: Cache)
     assert blob.missing(0, SIZE) == [(0, SIZE)]
     assert blob.write(0, CONTENT)
     assert get(blob, 0, SIZE) == CONTENT
+
+
+@pytest.mark.root
+def test_an_eviction_that_was_cut_short_does_not_stop_the_next_ones() -> None:
+    """Only an ordinary user cannot open what the first one left."""
+    with nobodys_place() as place, as_nobody():
+        cache = open_cache(str(place / "cache"), 3 * MIB)
+        CachedBlob(cache, DIGEST, SIZE).write(0, CONTENT[:MIB])
+        left = part_file(cache)
+        left.chmod(0o400)
+        os.utime(left, (1, 1))
+        other = sha256_digest(b"another blob")
+        CachedBlob(cache, other, SIZE).write(0, CONTENT[: 2 * MIB])
+        assert not left.exists()
+        assert allocated(cache) < 3 * MIB
+        cache.close()
+
+
+def test_a_thread_that_outlives_the_cache_touches_no_file_of_others(cache: Cache, tmp_path: Path) -> None:
+    cache.write_document(b"early")
+    cache.close()
+    others = [os.open(tmp_path, os.O_RDONLY) for _ in range(8)]
+    cache.write_document(b"late")
+    assert cache.read_document(sha256_digest(b"late"), 100) is None
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+        cache.create_part("part", GRAIN)
+    for other in others:
+        os.close(other)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_what_is_being_written_is_not_evicted(tmp_path: Path) -> None:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 import subprocess
-import tempfile
 import tracemalloc
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -26,11 +23,11 @@ from encfs.format.writer import VolumeOptions, VolumeWriter
 from encfs.progress import NoProgress
 from tests.support.images import Item, write_image
 from tests.support.memory import MemoryStore
+from tests.support.nobody import NOBODY, as_nobody, nobodys_place
 from tests.unit.test_volume import open_volume
 
 FILE, DIRECTORY, LINK = stat.S_IFREG | 0o644, stat.S_IFDIR | 0o755, stat.S_IFLNK | 0o777
 ROOT: Item = (Entry(b"", DIRECTORY), b"")
-NOBODY = 65534
 
 
 def make_volume(tmp_path: Path, items: list[Item]) -> tuple[VolumeReader, MemoryStore]:
@@ -59,29 +56,8 @@ def extract(volume: VolumeReader, target: Path) -> ExtractResult:
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A directory of an ordinary user, which he can reach (pytest's own are closed to everybody else)."""
-    outer = Path(tempfile.mkdtemp())
-    outer.chmod(0o711)
-    inner = outer / "place"
-    inner.mkdir()
-    os.chown(inner, NOBODY, NOBODY)
-    yield inner
-    shutil.rmtree(outer)
-
-
-@contextmanager
-def as_nobody() -> Iterator[None]:
-    """Run as an ordinary user."""
-    groups = os.getgroups()
-    os.setgroups([])
-    os.setegid(NOBODY)
-    os.seteuid(NOBODY)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
-        os.setgroups(groups)
+    with nobodys_place() as directory:
+        yield directory
 
 
 def test_into_a_new_and_into_an_empty_directory(tmp_path: Path) -> None:
