@@ -46,17 +46,19 @@ def open(  # noqa: A001 - the name that readers of `gzip.open`, `tarfile.open` a
     Raises: `encfs.errors.TrustError` where the origin is not accepted, before any key is asked for; key, format,
     integrity and store errors, all of them `encfs.errors.EncfsError`.
     """
-    from encfs.api import open_artifact_by_reference
+    from encfs.api import Opening, open_artifact_by_reference
 
     return open_artifact_by_reference(
-        ref,
-        key=key,
-        pin=pin,
-        trust=trust,
-        artifact_id=id,
-        min_version=min_version,
-        allow_unsigned=allow_unsigned,
-        platform=platform,
-        store=store,
-        threads=threads,
+        Opening(
+            ref=ref,
+            key=key,
+            pin=pin,
+            trust=trust,
+            artifact_id=id,
+            min_version=min_version,
+            allow_unsigned=allow_unsigned,
+            platform=platform,
+            store=store,
+            threads=threads,
+        )
     )

@@ -6,15 +6,19 @@ import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from encfs.artifact import Artifact as OpenedArtifact
-from encfs.artifact import open_artifact
+from encfs.artifact import open_artifact, opened_anew
 from encfs.browse import open_image
+from encfs.erofs.tree import Tree
+from encfs.errors import PinError
 from encfs.extract import ExtractResult
 from encfs.files import AnyPath, Entry, File, Files
-from encfs.image.artifact import check_image_platform, choose_manifest, is_needed, this_platform
+from encfs.format.plaintext import Volume
+from encfs.image.artifact import Served, check_image_platform, choose_manifest, choose_served, is_needed, this_platform
 from encfs.image.manifest import parse_platform
 from encfs.keys.files import load_trusted_key
 from encfs.keys.providers import provider_from_uri
@@ -27,19 +31,40 @@ from encfs.trust import Origin, TrustPolicy
 AnyFile = str | os.PathLike[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What `encfs.open` was called with, which documents it. No secret is in it: keys are named by URI."""
+
+    ref: str
+    key: str | Sequence[str]
+    pin: str | None
+    trust: AnyFile | Sequence[AnyFile]
+    artifact_id: str | None
+    min_version: int | None
+    allow_unsigned: bool
+    platform: str | None
+    store: StoreOptions | None
+    threads: int | None
+
+
 class Artifact:
     """An accepted artifact. Thread-safe, read-only; close it, or use it as a context manager.
+
+    It may be used by processes that are forked from this one: what each of them reads with is opened anew there, from
+    the same place, without asking for a key. A pickled one is opened by its reference again, in another process by the
+    same rules and options, and must have the same content.
 
     Attributes: `content_digest` (`sha256:<hex>`, its identity), `id` and `version` of the release, `origin`: what was
     proven about where it comes from.
     """
 
-    def __init__(self, opened: OpenedArtifact, *, threads: int | None = None) -> None:
+    def __init__(self, opened: OpenedArtifact, opening: Opening) -> None:
         """Takes `opened` over. Raises: UnsupportedError, FormatError; `opened` is closed then."""
         self._opened = opened
+        self._opening = opening
         try:
             image = open_image(opened)
-            self.files = Files(image.volume, image.tree, threads=threads)
+            self.files = Files(image.volume, image.tree, threads=opening.threads, after_fork=self._open_again)
         except BaseException:
             opened.close()
             raise
@@ -82,8 +107,9 @@ class Artifact:
 
     def close(self) -> None:
         """End the threads, forget cached plaintext, close the store. Files that are open read no further."""
-        self.files.close()
-        self._opened.close()
+        # What the parent of a fork has open is the parent's to close.
+        if self.files.close():
+            self._opened.close()
 
     def __enter__(self) -> Self:
         return self
@@ -93,52 +119,71 @@ class Artifact:
     ) -> None:
         self.close()
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return _open_same, (self._opening, Served(self.content_digest, self._opened.manifest_digest))
+
+    def _open_again(self) -> tuple[Volume, Tree]:
+        """In a forked process: the same from a store of its own, since connections and locks are the parent's."""
+        opened = opened_anew(self._opened, open_source(parse_reference(self._opening.ref), self._opening.store))
+        try:
+            image = open_image(opened)
+        except BaseException:
+            opened.close()
+            raise
+        self._opened = opened
+        return image.volume, image.tree
+
     def __repr__(self) -> str:
         return f"<encfs.Artifact {self.id!r} version {self.version} {self.content_digest}>"
 
 
-def open_artifact_by_reference(
-    ref: str,
-    *,
-    key: str | Sequence[str],
-    pin: str | None,
-    trust: AnyFile | Sequence[AnyFile],
-    artifact_id: str | None,
-    min_version: int | None,
-    allow_unsigned: bool,
-    platform: str | None,
-    store: StoreOptions | None,
-    threads: int | None,
-) -> Artifact:
-    """`encfs.open`, which documents it."""
+def open_artifact_by_reference(opening: Opening, served: Served | None = None) -> Artifact:
+    """`encfs.open`, which documents it. With `served`, this content, whatever the reference names by now."""
     policy = TrustPolicy(
-        pin=pin,
-        keys=tuple(load_trusted_key(path) for path in _listed(trust)),
-        artifact_id=artifact_id,
-        min_version=min_version,
-        allow_unsigned=allow_unsigned,
+        pin=opening.pin,
+        keys=tuple(load_trusted_key(path) for path in _listed(opening.trust)),
+        artifact_id=opening.artifact_id,
+        min_version=opening.min_version,
+        allow_unsigned=opening.allow_unsigned,
     )
-    reference = parse_reference(ref)
+    reference = parse_reference(opening.ref)
+    platform = opening.platform
     with ExitStack() as stack:
         # Closed at the end: what they unwrapped is in the artifact then, and their own secrets are of no further use.
-        providers = [stack.enter_context(closing(provider_from_uri(str(uri)))) for uri in _listed(key)]
+        providers = [stack.enter_context(closing(provider_from_uri(str(uri)))) for uri in _listed(opening.key)]
         wanted = this_platform() if platform is None else parse_platform(platform)
-        source = open_source(reference, store)
+        source = open_source(reference, opening.store)
         try:
-            document = source.document()
-            manifest = choose_manifest(source, document, wanted)
+            if served is None:
+                document = source.document()
+                manifest = choose_manifest(source, document, wanted)
+                by_platform = manifest is not document
+            else:
+                manifest, _ = choose_served(source, wanted, served)
+                by_platform = False
         except BaseException:
             source.close()
             raise
-        opened = open_artifact(source, keys=providers, trust=policy, label=ref, wanted=is_needed, manifest=manifest)
+        opened = open_artifact(
+            source, keys=providers, trust=policy, label=opening.ref, wanted=is_needed, manifest=manifest
+        )
     try:
         # An index is signed by nobody: what it says of platforms has to be what the image says.
-        if platform is not None or manifest is not document:
+        if platform is not None or by_platform:
             check_image_platform(opened, wanted)
     except BaseException:
         opened.close()
         raise
-    return Artifact(opened, threads=threads)
+    return Artifact(opened, opening)
+
+
+def _open_same(opening: Opening, served: Served) -> Artifact:
+    """What a pickled artifact becomes. Raises: as `encfs.open`; PinError where it would be other content."""
+    artifact = open_artifact_by_reference(opening, served)
+    if artifact.content_digest != served.content_digest:
+        artifact.close()
+        raise PinError(f"{opening.ref} is {artifact.content_digest}, and {served.content_digest} was pickled")
+    return artifact
 
 
 def _listed(given: AnyFile | Sequence[AnyFile]) -> Sequence[AnyFile]:

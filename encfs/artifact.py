@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
@@ -165,6 +165,23 @@ def open_artifact(
         source.close()
         raise
     return Artifact(loaded.content, payload, origin, volumes, source, opened_by[-1], loaded.manifest.digest)
+
+
+def opened_anew(artifact: Artifact, source: BlobSource, cache_size: int = DEFAULT_CACHE_SIZE) -> Artifact:
+    """The same artifact over a new store, of which nothing but blobs is asked: it was accepted, its keys are here.
+
+    For a process that was forked from the one that opened it, whose threads, locks and connections are of no use there.
+    Raises: what the source raises. Takes `source` over, as `open_artifact`.
+    """
+    wanted = set(artifact.volume_ids)
+    chosen = [one for one in artifact.content.volumes if one.id in wanted]
+    label = artifact.volumes[0].label if artifact.volumes else artifact.content_digest
+    try:
+        volumes = _open_volumes(source, artifact.content, chosen, artifact.payload, cache_size, label)
+    except BaseException:
+        source.close()
+        raise
+    return replace(artifact, volumes=volumes, source=source)
 
 
 def content_digest_of(manifest: RawManifest) -> str:

@@ -13,19 +13,36 @@ import builtins
 import io
 import os
 import stat
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from encfs.erofs.structures import printable
 from encfs.erofs.tree import Inode, Tree
 from encfs.erofs.walk import walk
-from encfs.errors import FormatError, NotFoundError, SourceError
+from encfs.errors import FormatError, NotFoundError, SourceError, UsageError
 from encfs.extract import ExtractResult, extract_tree
 from encfs.format.plaintext import Volume
 from encfs.format.readahead import ReadAhead
 from encfs.parallel import ParallelReader, Range
 from encfs.progress import NoProgress, Progress
+
+
+class _Forks:
+    """How many forks lie between the first process and this one, and a lock of this process's own."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.lock = threading.Lock()
+        os.register_at_fork(after_in_child=self._note)
+
+    def _note(self) -> None:
+        # Whoever held the lock is not here.
+        self.count, self.lock = self.count + 1, threading.Lock()
+
+
+_forks = _Forks()
 
 AnyPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
@@ -61,14 +78,55 @@ class Entry:
         return self.kind == "directory"
 
 
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """What one process reads with: of no use to another that was forked from it, which has none of its threads."""
+
+    volume: Volume
+    tree: Tree
+    parallel: ParallelReader
+    forks: int
+
+
 class Files:
     """A tree over a volume. `close` ends its threads; the volume belongs to whoever opened it."""
 
-    def __init__(self, volume: Volume, tree: Tree, *, threads: int | None = None) -> None:
-        """`threads` read large pieces side by side (None: by the number of processors)."""
-        self._volume = volume
-        self._tree = tree
-        self._parallel = ParallelReader(volume, threads=threads)
+    def __init__(
+        self,
+        volume: Volume,
+        tree: Tree,
+        *,
+        threads: int | None = None,
+        after_fork: Callable[[], tuple[Volume, Tree]] | None = None,
+    ) -> None:
+        """`threads` read large pieces side by side (None: by the number of processors).
+
+        `after_fork` opens the same volume and tree again, in a process that was forked from this one, when they are
+        first used there; without it their use is refused.
+        """
+        self._threads = threads
+        self._after_fork = after_fork
+        self._closed = False
+        self._open = self._opened(volume, tree)
+
+    def _opened(self, volume: Volume, tree: Tree) -> _Open:
+        return _Open(volume, tree, ParallelReader(volume, threads=self._threads), _forks.count)
+
+    def _here(self) -> _Open:
+        """What this process reads with. Raises: UsageError where nothing is open; what `after_fork` raises."""
+        if self._closed:
+            raise UsageError("the artifact is closed", hint="read before it is closed, or open it again")
+        if self._open.forks != _forks.count:
+            with _forks.lock:
+                if self._open.forks != _forks.count:
+                    if self._after_fork is None:
+                        raise UsageError("the artifact was opened before this process was forked", hint="open it again")
+                    self._open = self._opened(*self._after_fork())
+        return self._open
+
+    @property
+    def _tree(self) -> Tree:
+        return self._here().tree
 
     def list(self, path: AnyPath = "", *, recursive: bool = False) -> Iterator[Entry]:
         """What is in a directory, sorted by name; with `recursive` everything below it, parents first.
@@ -142,15 +200,22 @@ class Files:
 
         Raises: ConflictError, StorageError, IntegrityError, what the store raises.
         """
-        ahead = ReadAhead(self._volume)
+        ahead = ReadAhead(self._here().volume)
         try:
             return extract_tree(self._tree, ahead, Path(directory), progress or NoProgress())
         finally:
             ahead.close()
 
-    def close(self) -> None:
-        """End the threads that read."""
-        self._parallel.close()
+    def close(self) -> bool:
+        """End the threads that read; nothing can be read any more. False where this process has opened nothing.
+
+        That is so after a fork: the parent's volume and threads are left alone.
+        """
+        self._closed = True
+        if self._open.forks != _forks.count:
+            return False
+        self._open.parallel.close()
+        return True
 
     # -- inside
 
@@ -207,7 +272,7 @@ class Files:
                 else:
                     places.append((place, part))
                 start += length
-        self._parallel.read_into(places)
+        self._here().parallel.read_into(places)
 
 
 class File(io.RawIOBase):

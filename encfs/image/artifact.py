@@ -152,8 +152,8 @@ def choose_served(source: BlobSource, wanted: Platform, served: Served) -> tuple
         manifest = source.manifest(served.manifest_digest)
     except NotFoundError as error:
         raise NotFoundError(
-            f"the reference names {named} now, and what the mount has served, {served.content_digest}, is gone",
-            hint="unmount, and mount again, to change over to what it names",
+            f"the reference names {named} now, and what was served, {served.content_digest}, is gone",
+            hint="unmount and mount again, or open it again, to change over to what it names",
         ) from error
     return manifest, named
 

@@ -143,7 +143,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_a_slice_reads_no_more_than_its_rows(stored: Stored) -> None:
     with stored.open() as artifact:
-        volume = artifact.files._volume
+        volume = artifact.files._here().volume
         file = encfs.safetensors.safe_open(artifact, MODEL)
         before = volume.stats.bytes_fetched
         file.get_slice("wide")[100:102]
