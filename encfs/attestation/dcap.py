@@ -3,7 +3,7 @@
 The signatures are checked here, with reasons of their own. Collateral (TCB info, identity of the quoting enclave,
 revocation lists) is judged by `dcap-qvl`, an optional package, which checks the whole quote once more. Without
 collateral nobody knows whether the platform's firmware is current or its certificate revoked: such a quote is refused
-unless the policy allows it.
+unless the policy allows it. Of several, that counts which is of the platform that the quote's certificate names.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from typing import Any
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat import asn1
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256
 
 from encfs.attestation.certificates import reading_certificates
+from encfs.attestation.collateral import AUTHORITIES, FMSPC_SIZE
 from encfs.attestation.cursor import Cursor
-from encfs.attestation.evidence import Endorsements, EvidenceKind
+from encfs.attestation.evidence import Collateral, Endorsements, EvidenceKind, Platform
 from encfs.attestation.findings import Findings
 from encfs.attestation.policy import EvidencePolicy
 from encfs.attestation.quotes import SGX_BODY, SGX_FLAG_DEBUG, Quote, td_is_migratable
 from encfs.attestation.verdict import Code
 from encfs.errors import FormatError, UnsupportedError
 
-MAX_COLLATERAL_SIZE = 1 << 20
-
 _ECDSA_P256 = 2
 # Certification data: the chain in PEM, and (from version 4 on) a wrapper around the quoting enclave's report.
 _PEM_CHAIN, _QE_REPORT = 5, 6
 _MAX_CHAIN = 4
 _PCK_NAME = "Intel SGX PCK Certificate"
-_CA_NAMES = ("Intel SGX PCK Platform CA", "Intel SGX PCK Processor CA")
+_SGX_EXTENSION, _FMSPC = (x509.ObjectIdentifier(f"1.2.840.113741.1.13.1{one}") for one in ("", ".4"))
 _INTEL_VENDOR = bytes.fromhex("939a7233f79c4ca9940a0db3957f0607")
 
 # Signers and products of Intel's quoting enclaves, as Intel's QE identities have them.
@@ -63,11 +63,32 @@ class _Signature:
 
 @dataclass(frozen=True, slots=True)
 class _PckKey:
-    """The key of a PCK certificate that leads to the pinned root."""
+    """The key of a PCK certificate that leads to the pinned root, and whose platform it is."""
 
     not_before: datetime
     not_after: datetime
+    fmspc: bytes
+    ca: str
     key: ec.EllipticCurvePublicKey = field(repr=False)
+
+
+@asn1.sequence
+class _Member:
+    oid: x509.ObjectIdentifier
+    value: asn1.TLV
+
+
+@asn1.sequence
+class _SgxExtension:
+    """Intel, "SGX PCK Certificate and Certificate Revocation List Profile Specification", section 1.3.5."""
+
+    ppid: _Member
+    tcb: _Member
+    pce_id: _Member
+    fmspc: _Member
+    sgx_type: _Member
+    platform_instance: _Member | None
+    configuration: _Member | None
 
 
 def check_quote(
@@ -75,12 +96,14 @@ def check_quote(
 ) -> None:
     """Everything but the report data. Raises: UnsupportedError where `dcap-qvl` is needed and not installed."""
     _claim(findings, quote)
-    genuine = _check_signatures(findings, quote, now)
+    pck = _check_signatures(findings, quote, now)
     if quote.debug and not policy.allow_debug:
         what = "enclave" if quote.kind is EvidenceKind.SGX else "trust domain"
         findings.refuse(Code.DEBUG, f"the {what} is in debug mode: its host can read its memory")
-    if genuine:
-        _check_collateral(findings, raw, endorsements, policy, now)
+    if pck is not None:
+        platform = Platform(quote.kind, pck.fmspc, pck.ca)
+        findings.claims["fmspc"] = pck.fmspc.hex()
+        _check_collateral(findings, raw, platform, endorsements, policy, now)
     if quote.kind is EvidenceKind.SGX:
         _check_enclave(findings, quote, policy)
     else:
@@ -131,49 +154,49 @@ def _claim(findings: Findings, quote: Quote) -> None:
         findings.claims |= {"mrservicetd": body["mrservicetd"].hex()}
 
 
-def _check_signatures(findings: Findings, quote: Quote, now: datetime) -> bool:
-    """PCK certificate -> quoting enclave -> attestation key -> quote. Whether all of it holds."""
+def _check_signatures(findings: Findings, quote: Quote, now: datetime) -> _PckKey | None:
+    """PCK certificate -> quoting enclave -> attestation key -> quote. The platform's key where all of it holds."""
     if quote.attestation_key_type != _ECDSA_P256:
         findings.refuse(Code.ALGORITHM, f"attestation keys of type {quote.attestation_key_type} are not supported")
-        return False
+        return None
     if quote.vendor_id != _INTEL_VENDOR:
         findings.refuse(Code.CHAIN, "the quoting enclave is not of Intel's make")
-        return False
+        return None
     parts = _split(quote)
     if isinstance(parts, str):
         findings.refuse(Code.UNSUPPORTED, parts)
-        return False
+        return None
     pck = _pck_key(parts.chain)
     if isinstance(pck, str):
         findings.refuse(Code.CHAIN, pck)
-        return False
+        return None
     if not _verify(pck.key, parts.qe_signature, parts.qe_report):
         findings.refuse(Code.SIGNATURE, "the quoting enclave's report is not signed by the platform's key")
-        return False
+        return None
     enclave = SGX_BODY.read(parts.qe_report)
     bound = hashlib.sha256(parts.attestation_key + parts.qe_authentication).digest().ljust(64, b"\0")
     if not hmac.compare_digest(bound, enclave["report_data"]):
         findings.refuse(Code.SIGNATURE, "the attestation key is not the one that the quoting enclave vouches for")
-        return False
+        return None
     try:
         key = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), b"\x04" + parts.attestation_key)
     except ValueError:
         findings.refuse(Code.SIGNATURE, "the attestation key is not a point on its curve")
-        return False
+        return None
     if not _verify(key, parts.signature, quote.signed):
         findings.refuse(Code.SIGNATURE, "the quote is not signed by its attestation key")
-        return False
+        return None
     signer, product = _QUOTING_ENCLAVES[quote.kind]
     if enclave["mrsigner"] != signer or enclave["isv_prod_id"] != product or enclave["attributes"][0] & SGX_FLAG_DEBUG:
         # The platform's key signs for any enclave with the provisioning attribute, not for Intel's alone.
         findings.refuse(Code.CHAIN, "the quote was not made by Intel's quoting enclave")
-        return False
+        return None
     if not pck.not_before <= now <= pck.not_after:
         findings.refuse(
             Code.EXPIRED,
             f"the platform's certificate is valid from {pck.not_before:%Y-%m-%d} to {pck.not_after:%Y-%m-%d}",
         )
-    return True
+    return pck
 
 
 def _split(quote: Quote) -> _Signature | str:
@@ -208,9 +231,11 @@ def _pck_key(pem: bytes) -> _PckKey | str:
             names = [_common_name(certificate) for certificate in chain]
             key = chain[0].public_key()
             constraints = chain[1].extensions.get_extension_for_class(x509.BasicConstraints).value
+            fmspc = _fmspc(chain[0])
+            ca = AUTHORITIES.get(str(names[1]))
     except FormatError as error:
         return f"{error.message}, or missing"
-    if len(chain) > _MAX_CHAIN or names[0] != _PCK_NAME or names[1] not in _CA_NAMES or not constraints.ca:
+    if len(chain) > _MAX_CHAIN or names[0] != _PCK_NAME or ca is None or not constraints.ca:
         return "the platform's certificates are not those of an Intel platform"
     root = _root()
     try:
@@ -223,12 +248,26 @@ def _pck_key(pem: bytes) -> _PckKey | str:
     return _PckKey(
         max(chain[0].not_valid_before_utc, chain[1].not_valid_before_utc, root.not_valid_before_utc),
         min(chain[0].not_valid_after_utc, chain[1].not_valid_after_utc, root.not_valid_after_utc),
+        fmspc,
+        ca,
         key,
     )
 
 
 def _common_name(certificate: x509.Certificate) -> str | bytes:
     return certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)[0].value
+
+
+def _fmspc(certificate: x509.Certificate) -> bytes:
+    """The family of platforms that a PCK certificate is of. Raises: ValueError, x509.ExtensionNotFound."""
+    extension = certificate.extensions.get_extension_for_oid(_SGX_EXTENSION).value
+    if not isinstance(extension, x509.UnrecognizedExtension):
+        raise TypeError("not an extension of Intel's")
+    member = asn1.decode_der(_SgxExtension, extension.value).fmspc
+    fmspc = bytes(member.value.data)
+    if member.oid != _FMSPC or len(fmspc) != FMSPC_SIZE:
+        raise ValueError("no FMSPC")
+    return fmspc
 
 
 @cache
@@ -239,16 +278,23 @@ def _root() -> x509.Certificate:
 
 
 def _check_collateral(
-    findings: Findings, raw: bytes, endorsements: Endorsements, policy: EvidencePolicy, now: datetime
+    findings: Findings,
+    raw: bytes,
+    platform: Platform,
+    endorsements: Endorsements,
+    policy: EvidencePolicy,
+    now: datetime,
 ) -> None:
-    if endorsements.collateral is None:
+    collateral = next((one for one in endorsements.collateral if one.platform == platform), None)
+    if collateral is None:
+        missing = f"Intel's collateral for {platform} was not given"
         if policy.allow_missing_collateral:
-            findings.leave_unchecked(Code.TCB_STATUS, "no collateral was given: nobody looked at the firmware's status")
-            findings.leave_unchecked(Code.REVOKED, "no collateral was given: nobody looked whether keys were revoked")
+            findings.leave_unchecked(Code.TCB_STATUS, f"{missing}: nobody looked at the firmware's status")
+            findings.leave_unchecked(Code.REVOKED, f"{missing}: nobody looked whether keys were revoked")
         else:
-            findings.refuse(Code.MISSING, "Intel's collateral for this platform is needed and was not given")
+            findings.refuse(Code.MISSING, f"{missing}: it is needed, and a PCCS or Intel's service has it")
         return
-    report = _judge(findings, raw, endorsements.collateral, now)
+    report = _judge(findings, raw, collateral, now)
     if report is None:
         return
     findings.claims |= {"tcb_status": report.status, "advisories": sorted(report.advisory_ids)}
@@ -257,7 +303,7 @@ def _check_collateral(
         findings.refuse(Code.TCB_STATUS, f"the platform's TCB status is {report.status}; allowed is {allowed}")
 
 
-def _judge(findings: Findings, raw: bytes, collateral: bytes, now: datetime) -> Any | None:
+def _judge(findings: Findings, raw: bytes, collateral: Collateral, now: datetime) -> Any | None:
     """What `dcap-qvl` says; None where it refuses, with the reason noted."""
     try:
         import dcap_qvl
@@ -265,35 +311,32 @@ def _judge(findings: Findings, raw: bytes, collateral: bytes, now: datetime) -> 
         raise UnsupportedError(
             "collateral of SGX and TDX quotes needs the package dcap-qvl", hint="pip install 'encfs[dcap]'"
         ) from None
-    if len(collateral) > MAX_COLLATERAL_SIZE:
-        findings.refuse(Code.COLLATERAL, f"the collateral is larger than {MAX_COLLATERAL_SIZE} bytes")
-        return None
     try:
         return dcap_qvl.verify(
-            raw, dcap_qvl.QuoteCollateralV3.from_json(collateral.decode("utf-8")), max(int(now.timestamp()), 0)
+            raw, dcap_qvl.QuoteCollateralV3.from_json(collateral.content.decode("utf-8")), max(int(now.timestamp()), 0)
         )
-    except UnicodeDecodeError:
-        findings.refuse(Code.COLLATERAL, "the collateral is not UTF-8 text")
     except ValueError as error:
-        _refuse(findings, str(error))
+        _refuse(findings, collateral.platform, str(error))
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # how a panic in Rust arrives; it is no Exception
             raise
-        findings.refuse(Code.COLLATERAL, "the quote or its collateral is malformed")
+        findings.refuse(Code.COLLATERAL, f"the quote or its collateral for {collateral.platform} is malformed")
     return None
 
 
-def _refuse(findings: Findings, text: str) -> None:
+def _refuse(findings: Findings, platform: Platform, text: str) -> None:
     plain = re.sub(r"[^\x20-\x7e]+", " ", text.removeprefix("Verification failed: "))
     plain = re.sub(r" {2,}", " ", plain).strip()[:160]
     if "Debug mode" in text:
         findings.refuse(Code.DEBUG, "with collateral, quotes in debug mode cannot be accepted")
     elif re.search(r"expired|in the future|not ?yet ?valid", text, re.IGNORECASE):
-        findings.refuse(Code.EXPIRED, f"the collateral is not valid at this time: {plain}")
+        findings.refuse(
+            Code.EXPIRED, f"the collateral for {platform} is not valid at this time, fetch it anew: {plain}"
+        )
     elif re.search(r"revoked", text, re.IGNORECASE) and "Unknown" not in text:
         findings.refuse(Code.REVOKED, f"a certificate was revoked: {plain}")
     else:
-        findings.refuse(Code.COLLATERAL, f"the collateral does not vouch for this quote: {plain}")
+        findings.refuse(Code.COLLATERAL, f"the collateral for {platform} does not vouch for this quote: {plain}")
 
 
 def _check_enclave(findings: Findings, quote: Quote, policy: EvidencePolicy) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import StrEnum
 
 
@@ -34,16 +35,40 @@ MAX_EVIDENCE_SIZE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
+class Platform:
+    """What Intel's collateral is of: the TEE, the family of platforms (FMSPC), the CA of their certificates.
+
+    `kind` is SGX or TDX, `fmspc` 6 bytes, `ca` is `platform` or `processor`.
+    """
+
+    kind: EvidenceKind
+    fmspc: bytes
+    ca: str
+
+    def __str__(self) -> str:
+        return f"FMSPC {self.fmspc.hex()} ({self.kind}, {self.ca} CA)"
+
+
+@dataclass(frozen=True, slots=True)
+class Collateral:
+    """Intel's collateral for quotes of one platform: `content` is the JSON of `dcap-qvl`, valid before `expires`."""
+
+    platform: Platform
+    content: bytes = field(repr=False)
+    expires: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Endorsements:
     """What vouches for evidence and is itself checked against pinned roots: it need not come from a trusted source.
 
-    `certificates` are X.509 in DER (a VCEK or VLEK; roots and intermediates are ignored), `collateral` is Intel's as
-    the JSON of `dcap-qvl` (TCB info, QE identity, CRLs and their issuers), `event_log` what a TPM's firmware wrote down
-    (`eventlog.py`), compared with the PCRs that the TPM signed.
+    `certificates` are X.509 in DER (a VCEK or VLEK; roots and intermediates are ignored), `collateral` is Intel's (TCB
+    info, QE identity, CRLs and their issuers) for as many platforms as may be asked about, `event_log` what a TPM's
+    firmware wrote down (`eventlog.py`), compared with the PCRs that the TPM signed.
     """
 
     certificates: tuple[bytes, ...] = ()
-    collateral: bytes | None = None
+    collateral: tuple[Collateral, ...] = ()
     event_log: bytes | None = field(default=None, repr=False)
 
 

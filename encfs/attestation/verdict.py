@@ -39,7 +39,7 @@ class Code(StrEnum):
     REVOKED = "revoked"
     #: A certificate, token or collateral is no longer, or not yet, valid.
     EXPIRED = "expired"
-    #: The collateral is malformed, or not for this quote.
+    #: The collateral does not vouch for this quote.
     COLLATERAL = "collateral"
     #: The environment can be read by a debugger.
     DEBUG = "debug"

@@ -42,7 +42,7 @@ def verify_evidence(
         findings.refuse(code, f"evidence of the kind {given.kind} is not accepted by the policy")
     together = Endorsements(
         given.endorsements.certificates + endorsements.certificates,
-        endorsements.collateral if endorsements.collateral is not None else given.endorsements.collateral,
+        endorsements.collateral,
         endorsements.event_log if endorsements.event_log is not None else given.endorsements.event_log,
     )
     _check(findings, given, together, policy, now)

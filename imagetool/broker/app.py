@@ -30,8 +30,8 @@ from imagetool.broker.metrics import Metrics
 BODY_TIMEOUT = 10.0
 #: Bytes of the first message, which names a version and a TEE.
 _MAX_AUTH = 16 << 10
-#: Seconds between deletions of expired sessions.
-_PURGE_INTERVAL = 5.0
+#: Seconds between deletions of expired sessions, and looks at the endorsements.
+_UPKEEP_INTERVAL = 5.0
 
 _RESOURCES = f"{protocol.PREFIX}/resource/"
 
@@ -71,19 +71,20 @@ class _Api:
 
     @asynccontextmanager
     async def lifespan(self, _app: Starlette) -> AsyncIterator[None]:
-        purging = asyncio.create_task(self._keep_purging())
+        upkeep = asyncio.create_task(self._keep_up())
         try:
             yield
         finally:
-            purging.cancel()
+            upkeep.cancel()
             with suppress(asyncio.CancelledError):
-                await purging
+                await upkeep
             await asyncio.to_thread(self._broker.close)
 
-    async def _keep_purging(self) -> None:
+    async def _keep_up(self) -> None:
         while True:
             await self._purge()
-            await asyncio.sleep(_PURGE_INTERVAL)
+            await self._broker.refresh()
+            await asyncio.sleep(_UPKEEP_INTERVAL)
 
     async def _purge(self) -> None:
         try:
@@ -163,7 +164,7 @@ class _Api:
         return PlainTextResponse("ready\n")
 
     async def exposition(self, _request: Request) -> Response:
-        content, kind = await asyncio.to_thread(self._metrics.exposition)
+        content, kind = await asyncio.to_thread(self._metrics.exposition, self._broker.collateral)
         return Response(content, media_type=kind)
 
     @asynccontextmanager

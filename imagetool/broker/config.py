@@ -6,7 +6,7 @@
 | `kek` | key URI of the key-encryption key; a relative file is in the directory |
 | `certificate`, `private_key` | PEM files of the server; without them it serves without TLS only when asked to |
 | `counter_index`, `counter_base`, `counter_tpm` | the NV counter that marks the highest epoch seen (`rollback.py`) |
-| `endorsements` | a directory with VCEK and VLEK certificates, and `collateral.json` of Intel's |
+| `endorsements` | a directory with VCEK and VLEK certificates, and Intel's collateral (`endorsements.py`) |
 | `session_lifetime` | seconds, 300 by default |
 | `max_sessions` | most sessions at one time, 100000 by default |
 | `rate`, `burst` | requests that one address may make: each second in the long run, and at once; of each process |
@@ -75,6 +75,10 @@ class BrokerConfig:
         if not separator:
             scheme, rest = "file", self.kek
         return f"{scheme}:{self.directory / rest}" if scheme in FILE_SCHEMES else self.kek
+
+    @property
+    def endorsements_path(self) -> Path | None:
+        return self.path(self.endorsements) if self.endorsements is not None else None
 
     def path(self, name: str) -> Path:
         return self.directory / name

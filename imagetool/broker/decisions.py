@@ -23,7 +23,7 @@ from imagetool.broker.state import KEY, Entry
 _LOGGED = frozenset(
     {
         *("measurement", "host_data", "signer", "svn", "product_id", "debug", "migration", "vmpl", "chip_id"),
-        *("product", "tcb", "tcb_status", "attestation_key", "pcrs", "rtmrs"),
+        *("product", "tcb", "tcb_status", "fmspc", "attestation_key", "pcrs", "rtmrs"),
     }
 )
 #: TCB statuses that evidence may have to be looked at; a rule allows fewer.

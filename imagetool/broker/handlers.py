@@ -21,6 +21,7 @@ from typing import TypeVar
 
 from sqlalchemy import Connection
 
+from encfs.attestation.evidence import Collateral
 from encfs.attestation.kbs import from_kbs_evidence, kind_of_tee
 from encfs.encoding import parse_digest
 from encfs.errors import EncfsError, FormatError, IntegrityError, RollbackError, StorageError
@@ -32,7 +33,7 @@ from encfs.trust import KeyBinding
 from imagetool.broker import log, sessions, state
 from imagetool.broker.database import Database
 from imagetool.broker.decisions import Because, Decision, Wanted, decide, judge_genuineness, logged_claims
-from imagetool.broker.endorsements import EndorsementStore
+from imagetool.broker.endorsements import EndorsementDirectory
 from imagetool.broker.lookups import Found, count_release, look_up
 from imagetool.broker.policy import Policy
 from imagetool.broker.rollback import CounterMark, check_mark
@@ -93,8 +94,10 @@ class _Changed:
 class Broker:
     """The steps, for one process and its event loop."""
 
-    def __init__(self, database: Database, vault: Vault, store: EndorsementStore, settings: Settings) -> None:
-        self._database, self._vault, self._store, self._settings = database, vault, store, settings
+    def __init__(
+        self, database: Database, vault: Vault, endorsements: EndorsementDirectory, settings: Settings
+    ) -> None:
+        self._database, self._vault, self._endorsements, self._settings = database, vault, endorsements, settings
         self._writer = Writer(database)
         self._readers = ThreadPoolExecutor(_READERS, "broker-reader")
         self._lock = threading.Lock()
@@ -173,6 +176,16 @@ class Broker:
     async def ready(self) -> None:
         """Raises: StorageError, IntegrityError where this broker can serve nobody."""
         await self._state(await self._read(state.epoch))
+
+    async def refresh(self) -> None:
+        """Take over what changed in the directory of endorsements; where that is of no use, all stays as it was."""
+        # The process that watches this one tells the operator.
+        with suppress(EncfsError, OSError):
+            await asyncio.to_thread(self._endorsements.refresh)
+
+    @property
+    def collateral(self) -> list[Collateral]:
+        return [one.collateral for one in self._endorsements.store.collateral]
 
     async def purge(self) -> int:
         """Delete expired sessions, and look at the database's clock; how many sessions are left."""
@@ -263,7 +276,7 @@ class Broker:
                 offered.evidence,
                 offered.report_data,
                 policy,
-                self._store,
+                self._endorsements.store,
                 demo=self._settings.demo,
                 now=datetime.now(UTC),
             )
@@ -305,7 +318,7 @@ class Broker:
             rule,
             request.attested.evidence,
             request.attested.report_data,
-            self._store,
+            self._endorsements.store,
             demo=self._settings.demo,
             now=datetime.now(UTC),
         )

@@ -1,4 +1,5 @@
-"""What Prometheus reads: requests by step and outcome, how long they took. Over all processes of one broker.
+"""What Prometheus reads: requests by step and outcome, how long they took, over all processes of one broker; and until
+when collateral is valid.
 
 prometheus-client keeps values of several processes in files of a directory; it looks for the directory's name in the
 environment when it is imported, so `prepare` comes first.
@@ -9,8 +10,14 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from encfs.attestation.evidence import Collateral
+
+if TYPE_CHECKING:
+    from prometheus_client import Metric
 
 _DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 
@@ -50,11 +57,32 @@ class Metrics:
         self._requests.labels(step, str(status), reason).inc()
         self._seconds.labels(step).observe(seconds)
 
-    def exposition(self) -> tuple[bytes, str]:
+    def exposition(self, collateral: Iterable[Collateral]) -> tuple[bytes, str]:
         """The text for Prometheus, and its content type."""
         from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
         from prometheus_client.multiprocess import MultiProcessCollector
+        from prometheus_client.registry import Collector
+
+        class Expiries(Collector):
+            def collect(self) -> Iterable[Metric]:
+                yield _expiries(collateral)
 
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        # Not a value of each process's: all read the same directory.
+        registry.register(Expiries())
         return generate_latest(registry), CONTENT_TYPE_LATEST
+
+
+def _expiries(collateral: Iterable[Collateral]) -> Metric:
+    from prometheus_client.core import GaugeMetricFamily
+
+    family = GaugeMetricFamily(
+        "encfs_broker_collateral_expiry_timestamp_seconds",
+        "When Intel's collateral for a platform ends: its quotes are refused from then on",
+        labels=("tee", "fmspc", "ca"),
+    )
+    for one in collateral:
+        platform = one.platform
+        family.add_metric((platform.kind, platform.fmspc.hex(), platform.ca), one.expires.timestamp())
+    return family

@@ -24,7 +24,7 @@ from encfs.errors import FormatError, NotFoundError, StorageError, UsageError
 from encfs.hardening import forbid_swapping
 from encfs.kbs.protocol import MAX_MESSAGE
 from imagetool.broker.config import BrokerConfig
-from imagetool.broker.endorsements import EndorsementStore, load_endorsements
+from imagetool.broker.endorsements import EndorsementDirectory, Reminder
 from imagetool.broker.opening import OpenedBroker
 from imagetool.broker.rollback import check_mark
 
@@ -43,6 +43,8 @@ _GRACE = 10
 #: Seconds between a worker's death and its successor.
 _RESTART_PAUSE = 0.5
 _PARENT_CHECK = 1.0
+#: Seconds between looks at the endorsements.
+_LOOK_INTERVAL = 5.0
 
 _logger = logging.getLogger(__name__)
 
@@ -101,7 +103,7 @@ def _no_passphrase() -> str:
     raise ValueError("keys under a passphrase are not supported")
 
 
-def prepare(opened: OpenedBroker) -> EndorsementStore:
+def prepare(opened: OpenedBroker) -> EndorsementDirectory:
     """What must be in order before anybody is served: the state, the mark of its epoch, the endorsements.
 
     Raises: IntegrityError, RollbackError and others.
@@ -109,11 +111,12 @@ def prepare(opened: OpenedBroker) -> EndorsementStore:
     state = opened.load_state()
     if opened.config.mark is not None:
         check_mark(opened.config.mark, state.epoch)
-    directory = opened.config.endorsements
-    return load_endorsements(opened.config.path(directory) if directory is not None else None)
+    return EndorsementDirectory(opened.config.endorsements_path)
 
 
-def serve(opened: OpenedBroker, options: ServeOptions, listener: socket.socket, store: EndorsementStore) -> None:
+def serve(
+    opened: OpenedBroker, options: ServeOptions, listener: socket.socket, endorsements: EndorsementDirectory
+) -> None:
     """Serve until a signal ends it, which arrives as KeyboardInterrupt."""
     context = None if options.plain else server_context(opened.config)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -125,16 +128,30 @@ def serve(opened: OpenedBroker, options: ServeOptions, listener: socket.socket, 
     gc.collect()
     gc.freeze()
     workers: set[int] = set()
+    reminder = Reminder(endorsements)
+    # Waited for, with a limit: it stays pending until then.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     try:
         while True:
             while len(workers) < options.workers:
-                workers.add(_fork(opened, options, listener, context, store))
-            pid, status = os.wait()
-            workers.discard(pid)
-            _logger.error("a worker ended (%s) and is replaced", _cause(status))
-            time.sleep(_RESTART_PAUSE)
+                workers.add(_fork(opened, options, listener, context, endorsements))
+            reminder.look()
+            signal.sigtimedwait({signal.SIGCHLD}, _LOOK_INTERVAL)
+            if _reap(workers):
+                time.sleep(_RESTART_PAUSE)
     finally:
         _end(workers)
+
+
+def _reap(workers: set[int]) -> bool:
+    """Take those out of the workers that have ended; whether there were any."""
+    before = len(workers)
+    for worker in list(workers):
+        pid, status = os.waitpid(worker, os.WNOHANG)
+        if pid:
+            workers.discard(pid)
+            _logger.error("a worker ended (%s) and is replaced", _cause(status))
+    return len(workers) < before
 
 
 def _load_what_workers_need() -> None:
@@ -170,7 +187,7 @@ def _fork(
     options: ServeOptions,
     listener: socket.socket,
     context: ssl.SSLContext | None,
-    store: EndorsementStore,
+    endorsements: EndorsementDirectory,
 ) -> int:
     # A signal that comes between fork and the child's own handlers must not run the parent's clean-up in the child.
     blocked = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
@@ -185,8 +202,8 @@ def _fork(
         try:
             for number in blocked:
                 signal.signal(number, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked)
-            _work(opened, options, listener, context, store, parent)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, blocked | {signal.SIGCHLD})
+            _work(opened, options, listener, context, endorsements, parent)
             code = 0
         except BaseException as error:  # noqa: BLE001 -- nothing of the parent's may run in the child
             _logger.error("a worker cannot serve: %s: %s", type(error).__name__, error)  # noqa: TRY400 -- no values
@@ -202,7 +219,7 @@ def _work(
     options: ServeOptions,
     listener: socket.socket,
     context: ssl.SSLContext | None,
-    store: EndorsementStore,
+    endorsements: EndorsementDirectory,
     parent: int,
 ) -> None:
     import asyncio
@@ -222,7 +239,7 @@ def _work(
     broker = Broker(
         Database(opened.database.url),
         opened.vault,
-        store,
+        endorsements,
         Settings(config.session_lifetime, config.max_sessions, options.demo, config.mark),
     )
     # An address has a half of all sessions at most, over all processes.

@@ -32,8 +32,10 @@ class EvidenceOptions:
         _option("--chain", metavar="FILE", text="Certificates for the evidence (VCEK, VLEK), PEM or DER. Repeatable."),
     ] = None
     collateral: Annotated[
-        str | None,
-        _option("--collateral", metavar="FILE", text="Intel's collateral for a quote, as JSON of dcap-qvl."),
+        list[str] | None,
+        _option(
+            "--collateral", metavar="FILE", text="Intel's collateral, one platform's as JSON of dcap-qvl. Repeatable."
+        ),
     ] = None
     event_log: Annotated[
         str | None,
@@ -45,13 +47,16 @@ class EvidenceOptions:
     ] = None
 
     def endorsements(self) -> Endorsements:
-        """Raises: FormatError, and what reading raises."""
+        """Raises: FormatError, ConflictError, and what reading raises."""
         from encfs.attestation.certificates import der_certificates
+        from encfs.attestation.collateral import MAX_COLLATERAL_SIZE, parse_collateral, require_one_each
         from encfs.attestation.eventlog import MAX_EVENT_LOG
         from encfs.attestation.evidence import Endorsements
 
         certificates = [der for path in self.chain or () for der in der_certificates(read_file(path, _MAX_FILE), path)]
-        collateral = read_file(self.collateral, _MAX_FILE) if self.collateral is not None else None
+        collateral = require_one_each(
+            (path, parse_collateral(read_file(path, MAX_COLLATERAL_SIZE), path)) for path in self.collateral or ()
+        )
         log = read_file(self.event_log, MAX_EVENT_LOG) if self.event_log is not None else None
         return Endorsements(tuple(certificates), collateral, log)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from encfs.errors import EvidenceRefusedError, FormatError, NotFoundError, UsageError
+from encfs.errors import ConflictError, EvidenceRefusedError, FormatError, NotFoundError, UsageError
 from tests.integration.test_tpm_sealing import ok, refused, run
 from tests.support.documented import assert_as_documented
 
@@ -16,6 +17,7 @@ THEN = ("--at", "2025-06-20")
 BARE = (*THEN, "--allow-missing-collateral")
 CHALLENGE = ("--report-data", b"challenge".hex())
 TDX = ("--collateral", str(FIXTURES / "tdx" / "quote-v4-collateral.json"))
+SGX = ("--collateral", str(FIXTURES / "sgx" / "quote-v3-collateral.json"))
 
 
 def verdict(name: str, *options: str) -> tuple[int, dict[str, object]]:
@@ -32,6 +34,8 @@ def verdict(name: str, *options: str) -> tuple[int, dict[str, object]]:
         ("snp/report-vcek.bin", ("--chain", str(FIXTURES / "snp" / "vcek.der"), *THEN), "snp"),
         ("snp/report-vlek.bin", ("--chain", str(FIXTURES / "snp" / "vlek.der"), *THEN, "--max-vmpl", "1"), "snp"),
         ("tdx/quote-v4.dat", (*THEN, *TDX), "tdx"),
+        ("tdx/quote-v4.dat", (*THEN, *SGX, *TDX), "tdx"),
+        ("sgx/quote-v3.dat", (*THEN, *SGX, *TDX, "--tcb-status", "ConfigurationAndSWHardeningNeeded"), "sgx"),
         ("tdx/quote-v5.dat", BARE, "tdx"),
         ("sgx/quote-v3.dat", BARE, "sgx"),
         ("sgx/quote-occlum.dat", (*BARE, "--allow-debug"), "sgx"),
@@ -53,6 +57,7 @@ def test_genuine(name: str, options: tuple[str, ...], kind: str) -> None:
         ("snp/report-vcek.bin", (), ["missing"]),
         ("snp/report-vcek.bin", ("--chain", str(FIXTURES / "snp" / "vlek.der")), ["missing"]),
         ("tdx/quote-v4.dat", THEN, ["missing"]),
+        ("tdx/quote-v4.dat", (*THEN, *SGX), ["missing"]),
         ("tdx/quote-v4-debug.dat", BARE, ["debug"]),
         ("tpm/evidence.json", (), ["missing"]),
         ("azure/snp-evidence-v1.json", (*THEN, "--report-data", "00"), ["report-data"]),
@@ -97,8 +102,11 @@ def test_what_is_no_evidence_and_no_policy(tmp_path: Path) -> None:
     command = ("imagetool", "attest", "verify")
     (tmp_path / "empty").touch()
     (tmp_path / "large").write_bytes(bytes(1 << 21))
+    copy = shutil.copy(TDX[1], str(tmp_path))
     assert "is empty" in refused(FormatError, *command, str(tmp_path / "empty"))
     assert "larger than" in refused(FormatError, *command, str(tmp_path / "large"))
+    assert "empty" in refused(FormatError, *command, report, "--collateral", str(tmp_path / "empty"))
+    assert "are both Intel's" in refused(ConflictError, *command, report, *TDX, "--collateral", copy)
     refused(NotFoundError, *command, str(tmp_path / "none"))
     for options in (
         ("--measurement", "xy"),

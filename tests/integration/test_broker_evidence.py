@@ -25,13 +25,16 @@ from encfs.attestation.policy import EvidencePolicy
 from encfs.attestation.verify import verify_evidence
 from encfs.encoding import b64_decode, b64_encode
 from imagetool.broker.decisions import Wanted, decide
-from imagetool.broker.endorsements import EndorsementStore, load_endorsements
+from imagetool.broker.endorsements import EndorsementDirectory, EndorsementStore
 from imagetool.broker.policy import parse_policy
 from imagetool.broker.state import KEY, Entry
-from tests.support.broker import PATH, Handshake, Served, configure, imagetool, make_broker, serving
+from tests.support.broker import PATH, Handshake, Served, configure, imagetool, make_broker, serving, wait_until
+from tests.support.documented import assert_as_documented
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "evidence"
 NOW = datetime(2025, 6, 20, tzinfo=UTC)
+TDX_DAY = "tdx/quote-v4-collateral.json"
+SGX_DAY = "sgx/quote-v3-collateral.json"
 TPM = json.loads((FIXTURES / "tpm" / "evidence.json").read_text())
 AK = b64_encode(b64_decode(TPM["ak_public"], "ak_public"))
 RULES = "".join(
@@ -59,23 +62,16 @@ GENUINE = {
 }
 
 
-def _running(directory: Path, collateral: str) -> Iterator[Served]:
-    made = make_broker(directory / "b", policy=RULES)
+@pytest.fixture(scope="module")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """One broker for hosts of two families of Intel's platforms, and all others."""
+    made = make_broker(tmp_path_factory.mktemp("evidence") / "b", policy=RULES)
     (made / "endorsements").mkdir()
-    shutil.copy(FIXTURES / collateral, made / "endorsements" / "collateral.json")
+    for collateral in (TDX_DAY, SGX_DAY):
+        shutil.copy(FIXTURES / collateral, made / "endorsements")
     configure(made, endorsements="endorsements", rate=5000, burst=10000)
     with serving(made, command=[sys.executable, "-m", "tests.support.pastbroker", NOW.isoformat()]) as served:
         yield served
-
-
-@pytest.fixture(scope="module")
-def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    yield from _running(tmp_path_factory.mktemp("evidence"), "tdx/quote-v4-collateral.json")
-
-
-@pytest.fixture(scope="module")
-def sgx_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    yield from _running(tmp_path_factory.mktemp("evidence"), "sgx/quote-v3-collateral.json")
 
 
 def refused(broker: Served, evidence: Evidence | dict[str, Any], tee: str | None = None) -> list[str]:
@@ -95,19 +91,39 @@ def refused(broker: Served, evidence: Evidence | dict[str, Any], tee: str | None
     return [one["code"] for one in entry["reasons"]]
 
 
-@pytest.mark.parametrize("name", [name for name in GENUINE if name not in ("sgx", "az-tdx-vtpm")])
+@pytest.mark.parametrize("name", GENUINE)
 def test_genuine_evidence_fails_only_where_it_is_not_bound(broker: Served, name: str) -> None:
     assert refused(broker, GENUINE[name]) == ["report-data"]
+    claims = imagetool("broker", "releases", broker.directory)["entries"][-1]["claims"]
+    if name in ("tdx", "sgx"):  # judged by the collateral of its platform, of two
+        assert claims["tcb_status"] == {"tdx": "UpToDate", "sgx": "ConfigurationAndSWHardeningNeeded"}[name]
+    elif name == "az-tdx-vtpm":
+        assert (claims["fmspc"], "tcb_status" in claims) == ("00806f050000", False)
 
 
-def test_a_genuine_sgx_quote_fails_only_where_it_is_not_bound(sgx_broker: Served) -> None:
-    assert refused(sgx_broker, GENUINE["sgx"]) == ["report-data"]
-
-
-def test_collateral_of_another_platform(broker: Served) -> None:
-    assert refused(broker, GENUINE["sgx"]) == ["collateral", "report-data"]
-    assert refused(broker, recorded("tdx/quote-v5.dat")) == ["collateral", "report-data"]
-    assert refused(broker, GENUINE["az-tdx-vtpm"]) == ["collateral", "report-data"]
+def test_until_when_collateral_is_valid_shows(broker: Served) -> None:
+    """To whoever watches the figures, in the log, and by a command; new files are taken over without a restart."""
+    client = Handshake(broker.url, broker.ca)
+    name = 'encfs_broker_collateral_expiry_timestamp_seconds{ca="platform",fmspc="b0c06f000000",tee="tdx"}'
+    assert f"{name} 1.752919235e+09" in client.request("GET", "/metrics").body.decode()
+    told = "the collateral for FMSPC b0c06f000000 (tdx, platform CA) has expired"
+    wait_until(lambda: told in broker.errors.read_text())
+    listed = imagetool("broker", "endorsements", broker.directory)
+    assert [(one["file"], one["fmspc"], one["state"]) for one in listed["collateral"]] == [
+        ("quote-v3-collateral.json", "00a067110000", "expired"),
+        ("quote-v4-collateral.json", "b0c06f000000", "expired"),
+    ]
+    assert len(listed["warnings"]) == 2
+    del listed["stderr"]
+    assert_as_documented("imagetool broker endorsements", listed)
+    file = broker.directory / "endorsements" / Path(TDX_DAY).name
+    content = file.read_bytes()
+    file.unlink()
+    try:
+        wait_until(lambda: all(name not in client.request("GET", "/metrics").body.decode() for _ in range(8)))
+    finally:
+        file.write_bytes(content)
+    wait_until(lambda: all(name in client.request("GET", "/metrics").body.decode() for _ in range(8)))
 
 
 def _flipped(content: bytes, at: int) -> bytes:
@@ -198,14 +214,12 @@ def _decided(evidence: Evidence, rule: str, store: EndorsementStore, now: dateti
 
 @pytest.fixture
 def store(tmp_path: Path, request: pytest.FixtureRequest) -> EndorsementStore:
-    shutil.copy(FIXTURES / request.param, tmp_path / "collateral.json")
-    return load_endorsements(tmp_path)
+    shutil.copy(FIXTURES / request.param, tmp_path)
+    return EndorsementDirectory(tmp_path).store
 
 
 MRTD = GENUINE["tdx"].content[48 + 136 : 48 + 184].hex()
 MRENCLAVE = GENUINE["sgx"].content[48 + 64 : 48 + 96].hex()
-TDX_DAY = "tdx/quote-v4-collateral.json"
-SGX_DAY = "sgx/quote-v3-collateral.json"
 ALL_PCRS = TPM["tpm_quote"]["pcrs"]
 
 
@@ -214,7 +228,7 @@ ALL_PCRS = TPM["tpm_quote"]["pcrs"]
     [
         (GENUINE["tdx"], f'measurements = "{MRTD}"', TDX_DAY, []),
         (GENUINE["tdx"], f'measurements = "{"00" * 48}"', TDX_DAY, ["measurement"]),
-        (GENUINE["tdx"], f'measurements = "{MRTD}"', SGX_DAY, ["collateral"]),
+        (GENUINE["tdx"], f'measurements = "{MRTD}"', SGX_DAY, ["missing"]),
         (GENUINE["tdx"], f'measurements = "{MRTD}"\nrtmrs = {{ 0 = "{"00" * 48}" }}', TDX_DAY, ["rtmr"]),
         (recorded("tdx/quote-v4-debug.dat"), "any_workload = true\nallow_missing_collateral = true", TDX_DAY, None),
         (GENUINE["sgx"], f'measurements = "{MRENCLAVE}"', SGX_DAY, ["tcb-status"]),
@@ -233,7 +247,7 @@ ALL_PCRS = TPM["tpm_quote"]["pcrs"]
             TDX_DAY,
             ["pcr", "measurement"],
         ),
-        (GENUINE["az-tdx-vtpm"], "any_workload = true", TDX_DAY, ["collateral"]),
+        (GENUINE["az-tdx-vtpm"], "any_workload = true", TDX_DAY, ["missing"]),
         (GENUINE["snp"], "any_workload = true\nmax_vmpl = 1", TDX_DAY, []),
         (GENUINE["snp"], f'measurements = "{"00" * 48}"\nmax_vmpl = 1', TDX_DAY, ["measurement"]),
         (GENUINE["snp"], "any_workload = true\nmax_vmpl = 1\ntcb = [{ microcode = 255 }]", TDX_DAY, ["tcb", "tcb"]),

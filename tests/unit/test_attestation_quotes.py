@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import struct
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,12 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from encfs.attestation.collateral import parse_collateral, require_one_each
 from encfs.attestation.evidence import Endorsements, Evidence, EvidenceKind
 from encfs.attestation.kbs import from_kbs_evidence, to_kbs_evidence
 from encfs.attestation.policy import EvidencePolicy
 from encfs.attestation.verdict import Verdict
 from encfs.attestation.verify import verify_evidence
-from encfs.errors import FormatError
+from encfs.errors import ConflictError, FormatError
 
 EVIDENCE = Path(__file__).parents[2] / "fixtures" / "evidence"
 NOW = datetime(2025, 6, 20, tzinfo=UTC)
@@ -32,9 +34,14 @@ SGX, SGX_COLLATERAL = load("sgx/quote-v3.dat"), load("sgx/quote-v3-collateral.js
 
 
 def judge(
-    quote: bytes, collateral: bytes | None = None, policy: EvidencePolicy | None = None, now: datetime = NOW
+    quote: bytes,
+    collateral: bytes | list[bytes] | None = None,
+    policy: EvidencePolicy | None = None,
+    now: datetime = NOW,
 ) -> Verdict:
-    return verify_evidence(quote, policy or EvidencePolicy(), endorsements=Endorsements(collateral=collateral), now=now)
+    given = [collateral] if isinstance(collateral, bytes) else collateral or []
+    known = Endorsements(collateral=tuple(parse_collateral(one, "collateral") for one in given))
+    return verify_evidence(quote, policy or EvidencePolicy(), endorsements=known, now=now)
 
 
 def test_a_genuine_tdx_quote_verifies() -> None:
@@ -68,10 +75,87 @@ def test_debug_is_refused_unless_allowed(name: str) -> None:
 def test_collateral_must_be_current_and_of_this_platform() -> None:
     assert judge(TDX, TDX_COLLATERAL, now=NOW + timedelta(days=40)).codes == ("expired",)
     assert judge(TDX, TDX_COLLATERAL, now=NOW - timedelta(days=40)).codes == ("expired",)
-    assert judge(load("tdx/quote-v5.dat"), TDX_COLLATERAL).codes == ("collateral",)
-    assert judge(TDX, SGX_COLLATERAL).codes == ("collateral",)
-    for broken in (b"", b"{}", b"\xff", b"{" * 100, bytes((1 << 20) + 1)):
-        assert judge(TDX, broken).codes == ("collateral",)
+    # Of another family of platforms, and of another TEE: the reason names what is missing.
+    for quote, collateral, platform in (
+        (load("tdx/quote-v5.dat"), TDX_COLLATERAL, "FMSPC 90c06f000000 (tdx, platform CA)"),
+        (TDX, SGX_COLLATERAL, "FMSPC b0c06f000000 (tdx, platform CA)"),
+        (SGX, TDX_COLLATERAL, "FMSPC 00a067110000 (sgx, processor CA)"),
+    ):
+        verdict = judge(quote, collateral)
+        assert verdict.codes == ("missing",)
+        assert f"collateral for {platform} was not given" in verdict.reasons[0].message
+        assert judge(quote, collateral, LENIENT).accepted
+
+
+def test_of_several_that_of_the_platform_counts() -> None:
+    together = [SGX_COLLATERAL, TDX_COLLATERAL]
+    assert judge(TDX, together).accepted
+    assert judge(SGX, together).codes == ("tcb-status",)
+    assert judge(TDX, together).claims["fmspc"] == "b0c06f000000"
+    assert judge(load("tdx/quote-v5.dat"), together).codes == ("missing",)
+
+
+def _changed(content: bytes, **members: object) -> bytes:
+    return json.dumps(json.loads(content) | members).encode()
+
+
+def test_what_collateral_says_of_itself_chooses_and_proves_nothing() -> None:
+    """Whoever writes another platform's name into it has not made it Intel's."""
+    named = json.loads(TDX_COLLATERAL)["tcb_info"].replace("B0C06F000000", "90C06F000000")
+    assert judge(load("tdx/quote-v5.dat"), _changed(TDX_COLLATERAL, tcb_info=named)).codes == ("collateral",)
+    later = json.loads(TDX_COLLATERAL)["tcb_info"].replace("2025-07-19", "2035-07-19")
+    assert judge(TDX, _changed(TDX_COLLATERAL, tcb_info=later)).codes == ("collateral",)
+    assert judge(TDX, _changed(TDX_COLLATERAL, tcb_info_signature="00" * 64)).codes == ("collateral",)
+    # The processor CA's list of revoked platforms is not about this one.
+    other = json.loads(SGX_COLLATERAL)
+    mixed = _changed(TDX_COLLATERAL, pck_crl=other["pck_crl"], pck_crl_issuer_chain=other["pck_crl_issuer_chain"])
+    assert judge(TDX, mixed).codes == ("missing",)
+
+
+def test_collateral_ends_with_what_ends_first() -> None:
+    tdx, sgx = (parse_collateral(one, "collateral") for one in (TDX_COLLATERAL, SGX_COLLATERAL))
+    assert tdx.expires == datetime(2025, 7, 19, 10, 0, 35, tzinfo=UTC)  # its revocation list
+    assert sgx.expires == datetime(2025, 7, 19, 10, 1, 18, tzinfo=UTC)  # its QE identity
+    assert judge(TDX, TDX_COLLATERAL, now=tdx.expires - timedelta(seconds=1)).accepted
+    assert judge(TDX, TDX_COLLATERAL, now=tdx.expires + timedelta(seconds=1)).codes == ("expired",)
+
+
+def test_one_for_each_platform() -> None:
+    tdx, sgx = (parse_collateral(one, "collateral") for one in (TDX_COLLATERAL, SGX_COLLATERAL))
+    assert require_one_each([("a", tdx), ("b", sgx)]) == (tdx, sgx)
+    with pytest.raises(ConflictError, match=r"a and c .* FMSPC b0c06f000000"):
+        require_one_each([("a", tdx), ("b", sgx), ("c", tdx)])
+
+
+TCB_INFO = json.loads(json.loads(TDX_COLLATERAL)["tcb_info"])
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b"",
+        b"{}",
+        b"\xff",
+        b"{" * 100,
+        bytes((1 << 20) + 1),
+        *(_changed(TDX_COLLATERAL, **{name: None}) for name in json.loads(TDX_COLLATERAL) if "signature" not in name),
+        _changed(TDX_COLLATERAL, tcb_info=json.dumps(TCB_INFO | {"fmspc": "B0C06F00000"})),
+        _changed(TDX_COLLATERAL, tcb_info=json.dumps(TCB_INFO | {"fmspc": "B0C06F0000"})),
+        _changed(TDX_COLLATERAL, tcb_info=json.dumps(TCB_INFO | {"id": ["TDX"]})),
+        _changed(TDX_COLLATERAL, tcb_info=json.dumps(TCB_INFO | {"id": "SEV"})),
+        _changed(TDX_COLLATERAL, tcb_info=json.dumps(TCB_INFO | {"nextUpdate": "soon"})),
+        _changed(TDX_COLLATERAL, tcb_info=json.dumps(TCB_INFO | {"nextUpdate": "2025-07-19T10:16:03"})),
+        _changed(TDX_COLLATERAL, tcb_info=json.dumps(TCB_INFO | {"nextUpdate": "9999-12-31T23:59:59-23:59"})),
+        _changed(TDX_COLLATERAL, tcb_info=json.loads(TDX_COLLATERAL)["tcb_info"][:-1]),
+        _changed(TDX_COLLATERAL, pck_crl="00"),
+        _changed(TDX_COLLATERAL, pck_crl=json.loads(TDX_COLLATERAL)["root_ca_crl"]),
+        _changed(TDX_COLLATERAL, root_ca_crl="zz"),
+        _changed(TDX_COLLATERAL, pck_crl_issuer_chain="-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----"),
+    ],
+)
+def test_malformed_collateral(broken: bytes) -> None:
+    with pytest.raises(FormatError, match="collateral"):
+        parse_collateral(broken, "the collateral")
 
 
 def test_what_a_policy_asks_must_hold() -> None:

@@ -77,7 +77,10 @@ def test_every_command_of_the_issue_is_there() -> None:
         *("imagetool recipients " + name for name in ("list", "add", "remove")),
         "imagetool attest verify",
         "imagetool convert",
-        *("imagetool broker " + name for name in ("init", "serve", "key add", "key list", "key remove", "releases")),
+        *(
+            "imagetool broker " + name
+            for name in ("init", "serve", "key add", "key list", "key remove", "releases", "endorsements")
+        ),
         "imagetool release",
         *("imagetool broker policy " + name for name in ("set", "show", "check")),
         *("imagetool ocicrypt " + name for name in ("encrypt", "decrypt", "keyprovider")),

@@ -49,7 +49,7 @@ def command(
     host, port = split_address(listen)
     options = ServeOptions(host, port, plain_http, demo, workers if workers is not None else default_workers())
     with opened(directory) as broker, prepared():
-        store = prepare(broker)
+        endorsements = prepare(broker)
         if not plain_http:
             server_context(broker.config)
         if demo:
@@ -64,4 +64,4 @@ def command(
             url = f"{'http' if plain_http else 'https'}://{shown}:{address[1]}"
             terminal.result({"url": url, "workers": options.workers, "demo": demo}, [f"serving on {url}"])
             terminal.flush()
-            serve(broker, options, listener, store)
+            serve(broker, options, listener, endorsements)
