@@ -10,19 +10,23 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import stat
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from encfs.errors import ConflictError, EncfsError, FormatError, NotFoundError, StorageError, UnsupportedError
-from encfs.oci.files import storage_errors
+from encfs.oci.files import TEMPORARY_PREFIX, storage_errors
 from encfs.strictjson import loads_object
 
 BLOBS = "blobs/sha256"
 INDEX_FILE = "index.json"
 LAYOUT_FILE = "oci-layout"
+_BLOBS_PARENT = "blobs"
 _LAYOUT_VERSION = "1.0.0"
 MAX_MARKER = 4096
+_MARKER = json.dumps({"imageLayoutVersion": _LAYOUT_VERSION}).encode()
 _EMPTY_INDEX = json.dumps({"schemaVersion": 2, "manifests": []}, indent=2).encode()
 #: How long to wait for another process that holds a lock (seconds); it does so for milliseconds.
 LOCK_SECONDS = 30.0
@@ -51,9 +55,9 @@ def read_file(root: int, path: Path, name: str, limit: int) -> bytes:
         os.close(file)
 
 
-def lock(file: int, kind: int, path: Path) -> None:
+def lock(file: int, kind: int, path: Path, seconds: float = LOCK_SECONDS) -> None:
     """flock(2) within a bounded time. Raises: ConflictError, StorageError."""
-    deadline = time.monotonic() + LOCK_SECONDS
+    deadline = time.monotonic() + seconds
     while True:
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
@@ -112,36 +116,47 @@ class LayoutMaker:
 
     def _make(self) -> int:
         for _ in range(_ATTEMPTS):
-            try:
+            # What is gone again is being taken back by somebody else.
+            with contextlib.suppress(FileNotFoundError):
+                self._path.mkdir(parents=True, exist_ok=True)
                 self._make_files()
-                flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-                marker = os.open(self._path / LAYOUT_FILE, flags)
-            except FileNotFoundError:
-                continue
-            try:
-                lock(marker, fcntl.LOCK_SH, self._path)
-                if os.fstat(marker).st_nlink:
-                    return marker
-            except BaseException:
+                marker = os.open(self._path / LAYOUT_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+                try:
+                    lock(marker, fcntl.LOCK_SH, self._path)
+                    if os.fstat(marker).st_nlink:
+                        return marker
+                except BaseException:
+                    os.close(marker)
+                    raise
                 os.close(marker)
-                raise
-            os.close(marker)
         raise StorageError(f"{self._path} is being removed by somebody else again and again", hint="try again later")
 
     def _make_files(self) -> None:
-        self._path.mkdir(parents=True, exist_ok=True)
         if (self._path / LAYOUT_FILE).exists():
             return
-        # What a creation that was cut short may have left is taken over; the marker comes last.
-        if {item.name for item in self._path.iterdir()} - {BLOBS.split("/")[0], INDEX_FILE}:
-            raise ConflictError(f"{self._path} is neither empty nor an OCI layout", hint="choose another directory")
-        (self._path / BLOBS).mkdir(parents=True, exist_ok=True)
-        # Another process may be creating the same layout, and may have filled it already.
-        with contextlib.suppress(FileExistsError), open(self._path / INDEX_FILE, "xb") as file:
-            file.write(_EMPTY_INDEX)
-        with contextlib.suppress(FileExistsError), open(self._path / LAYOUT_FILE, "xb") as file:
-            file.write(json.dumps({"imageLayoutVersion": _LAYOUT_VERSION}).encode())
-            self._is_ours = True
+        with self._open_locked(LOCK_SECONDS) as directory:
+            present = set(os.listdir(directory))
+            if LAYOUT_FILE in present:
+                return  # another process was faster
+            # What a creation that was cut short may have left is taken over; the marker comes last.
+            foreign = present - {_BLOBS_PARENT, INDEX_FILE}
+            if any(not name.startswith(TEMPORARY_PREFIX) for name in foreign):
+                raise ConflictError(f"{self._path} is neither empty nor an OCI layout", hint="choose another directory")
+            for name in (_BLOBS_PARENT, BLOBS):
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(name, dir_fd=directory)
+            _create(directory, INDEX_FILE, _EMPTY_INDEX)
+            self._is_ours = _create(directory, LAYOUT_FILE, _MARKER)
+
+    @contextlib.contextmanager
+    def _open_locked(self, seconds: float) -> Iterator[int]:
+        """The directory's descriptor, alone among those who make the layout, or take it back."""
+        directory = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            lock(directory, fcntl.LOCK_EX, self._path, seconds)
+            yield directory
+        finally:
+            os.close(directory)
 
     def close(self) -> None:
         """Where this made the layout and nothing has come into it, leave what was there before. Harmless again."""
@@ -149,29 +164,50 @@ class LayoutMaker:
             return
         # That a layout stays which nobody needs is no reason to fail for who has failed already, or wrote nothing.
         with contextlib.suppress(OSError, EncfsError):
-            if self._is_ours and self._is_unused():
+            if self._is_ours:
                 self._take_back()
         os.close(self._marker)
         self._marker = -1
 
+    def _take_back(self) -> None:
+        """Raises: ConflictError where somebody else is writing, or about to."""
+        lock(self._marker, fcntl.LOCK_EX, self._path, seconds=0)
+        with self._open_locked(seconds=0):
+            if not self._is_unused():
+                return
+            (self._path / BLOBS).rmdir()
+            (self._path / BLOBS).parent.rmdir()
+            (self._path / INDEX_FILE).unlink()
+            (self._path / LAYOUT_FILE).unlink()
+            for directory in self._missing:
+                directory.rmdir()
+
     def _is_unused(self) -> bool:
-        """Whether nobody else is writing and there is nothing in it, unfinished blobs neither; locked if so."""
-        try:
-            fcntl.flock(self._marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
+        """Whether there is nothing in it, unfinished blobs neither."""
         names = {item.name for item in self._path.iterdir()}
         return (
-            names <= {BLOBS.split("/")[0], INDEX_FILE, LAYOUT_FILE}
+            names <= {_BLOBS_PARENT, INDEX_FILE, LAYOUT_FILE}
             and (self._path / INDEX_FILE).read_bytes() == _EMPTY_INDEX
             and not any((self._path / BLOBS).iterdir())
         )
 
-    def _take_back(self) -> None:
-        (self._path / BLOBS).rmdir()
-        (self._path / BLOBS).parent.rmdir()
-        (self._path / INDEX_FILE).unlink()
-        # From here on somebody else may make the layout again: only empty directories are removed any more.
-        (self._path / LAYOUT_FILE).unlink()
-        for directory in self._missing:
-            directory.rmdir()
+
+def _create(directory: int, name: str, content: bytes) -> bool:
+    """A file that appears with all its content, whoever looks and whatever happens; False where there is one.
+
+    Raises: OSError.
+    """
+    temporary = f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+    file = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o644, dir_fd=directory)
+    try:
+        with os.fdopen(file, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(file)
+        os.link(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except FileExistsError:
+        return False
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=directory)
+    return True
