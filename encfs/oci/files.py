@@ -12,12 +12,14 @@ import fcntl
 import hashlib
 import os
 import secrets
+import stat
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from encfs.encoding import parse_digest
 from encfs.errors import IntegrityError, StorageError
 from encfs.oci.blobs import Buffer, Descriptor
 
@@ -191,10 +193,10 @@ class FileWriter:
     a temporary name that a later process finds again: `position` bytes are there already.
     """
 
-    def __init__(self, directory: int, name: str, *, resume: str | None = None) -> None:
+    def __init__(self, directory: int, name: str, *, resume: Descriptor | None = None) -> None:
         """`directory` is a descriptor for temporary files, not taken over; `name` stands in messages.
 
-        `resume`, a digest's hexadecimal part, names the unfinished file to go on with. Raises: StorageError.
+        `resume` is the blob whose unfinished file to go on with. Raises: StorageError.
         """
         self._directory = directory
         self._name = name
@@ -220,24 +222,45 @@ class FileWriter:
         fcntl.flock(file, fcntl.LOCK_EX)
         return file
 
-    def _open_resumable(self, digest: str) -> int:
-        name = f"{TEMPORARY_PREFIX}{digest}"
-        file = os.open(
-            name, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644, dir_fd=self._directory
-        )
-        if not _lock_named(file, name, self._directory):
-            os.close(file)  # another process is at it: write a copy of our own
-            return self._open_new()
-        self._temporary = name
-        self._keep = True
+    def _open_resumable(self, blob: Descriptor) -> int:
+        """What lies there is nobody's word: its bytes count once the digest of the whole was compared."""
+        name = f"{TEMPORARY_PREFIX}{parse_digest(blob.digest).hex()}"
+        flags = os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
-            while content := os.read(file, _REHASH_SIZE):
-                self._digest.update(content)
-                self.position += len(content)
+            file = os.open(name, flags, 0o644, dir_fd=self._directory)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EISDIR, errno.ELOOP, errno.ENXIO):
+                raise
+            return self._open_new()  # somebody else's, or no file: write one of our own
+        try:
+            ours = _is_private(os.fstat(file)) and _lock_named(file, name, self._directory)
+            if ours:
+                self._temporary = name
+                self._keep = True
+                self._hash_present(file, blob.size)
         except BaseException:
             os.close(file)
             raise
-        return file
+        if ours:
+            return file
+        os.close(file)  # another process is at it, perhaps
+        return self._open_new()
+
+    def _hash_present(self, file: int, limit: int) -> None:
+        if os.fstat(file).st_size > limit:
+            os.ftruncate(file, 0)  # no beginning of the blob
+        # Nor may another one of the user's processes keep us here by making it longer.
+        while self.position < limit and (content := os.read(file, min(_REHASH_SIZE, limit - self.position))):
+            self._digest.update(content)
+            self.position += len(content)
+
+    def restart(self) -> None:
+        """Throw away what is there and begin at 0. Raises: StorageError."""
+        with storage_errors(self._name):
+            os.ftruncate(self._file, 0)
+            os.lseek(self._file, 0, os.SEEK_SET)
+        self._digest = hashlib.sha256()
+        self.position = 0
 
     def write(self, data: Buffer) -> None:
         """Append. Raises: StorageError."""
@@ -359,6 +382,11 @@ def remove_stale(directory: int) -> None:
                 os.unlink(name, dir_fd=directory)
         finally:
             os.close(file)
+
+
+def _is_private(status: os.stat_result) -> bool:
+    """Whether a file that was found is one to write to: no other user's, and not also some other file of ours."""
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and status.st_nlink == 1
 
 
 def _lock_named(file: int, name: str, directory: int) -> bool:

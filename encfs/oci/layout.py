@@ -134,14 +134,14 @@ class Layout(LayoutSource):
     ) -> None:
         """Take over a blob whose bytes from an offset on `stream(offset)` gives; an interrupted copy is gone on with.
 
-        `advance` hears of the bytes done. Raises: IntegrityError where the content is not the digest's, StorageError,
-        what the stream raises.
+        `advance` hears of the bytes done, of fewer than none where some must be done again. Raises: IntegrityError
+        where the content is not the digest's, StorageError, what the stream raises.
         """
         name = parse_digest(descriptor.digest).hex()
-        resume = name if descriptor.size >= _RESUMABLE_SIZE else None
+        resume = descriptor if descriptor.size >= _RESUMABLE_SIZE else None
         with contextlib.closing(FileWriter(self._root, str(self.path), resume=resume)) as writer:
             try:
-                _fill(writer, descriptor, stream, advance)
+                _fill_resumed(writer, descriptor, stream, advance)
             except IntegrityError:
                 writer.discard()
                 raise
@@ -213,6 +213,24 @@ class Layout(LayoutSource):
             self._maker.close()
 
 
+def _fill_resumed(
+    writer: FileWriter,
+    descriptor: Descriptor,
+    stream: Callable[[int], Iterator[bytes]],
+    advance: Callable[[int], None],
+) -> None:
+    """As `_fill`; a second time from the beginning where the fault may be in what was there already."""
+    resumed = writer.position > 0
+    try:
+        _fill(writer, descriptor, stream, advance)
+    except IntegrityError:
+        if not resumed:
+            raise
+        advance(-writer.position)
+        writer.restart()
+        _fill(writer, descriptor, stream, advance)
+
+
 def _fill(
     writer: FileWriter,
     descriptor: Descriptor,
@@ -220,8 +238,8 @@ def _fill(
     advance: Callable[[int], None],
 ) -> None:
     """Write what is missing. Raises: IntegrityError where the whole is not the descriptor's, what the stream raises."""
+    advance(writer.position)
     if writer.position < descriptor.size:
-        advance(writer.position)
         for chunk in stream(writer.position):
             if writer.position + len(chunk) > descriptor.size:
                 raise IntegrityError(f"blob {descriptor.digest} came with more bytes than its size {descriptor.size}")

@@ -7,11 +7,12 @@ import hashlib
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from encfs.errors import (
 from encfs.oci.blobs import MAX_MANIFEST_SIZE, Descriptor
 from encfs.oci.files import RESUMABLE_DAYS, TEMPORARY_PREFIX, FilePool, PooledFile
 from encfs.oci.layout import Layout
+from tests.support.nobody import NOBODY
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
@@ -384,6 +386,10 @@ def test_creating(tmp_path: Path) -> None:
 # -- copies that go on where they stopped
 
 
+def unfinished_file(path: Path, blob: Descriptor) -> Path:
+    return path / f"{TEMPORARY_PREFIX}{blob.digest.removeprefix('sha256:')}"
+
+
 def test_interrupted_copy_goes_on(layout: Layout, path: Path) -> None:
     content = random.Random(2).randbytes(BIG)
     blob = describe(content)
@@ -427,23 +433,59 @@ def test_copy_of_wrong_bytes_leaves_nothing_to_go_on_with(layout: Layout, path: 
         assert not temporaries(path)
 
 
-def test_unfinished_file_that_was_damaged_is_thrown_away(layout: Layout, path: Path) -> None:
+def test_unfinished_file_that_was_damaged_costs_only_its_own_bytes(layout: Layout, path: Path) -> None:
+    """A disk that lost some bytes in a power failure says nothing about the source."""
     content = random.Random(4).randbytes(BIG)
     blob = describe(content)
-    unfinished = path / f"{TEMPORARY_PREFIX}{blob.digest.removeprefix('sha256:')}"
-    for damage in (b"x" * 1000, content + b"x"):
+    unfinished = unfinished_file(path, blob)
+    for damage in (b"x" * 1000, b"x" * BIG, content + b"x"):
         unfinished.write_bytes(damage)
-        with pytest.raises(IntegrityError):
-            layout.copy_blob(blob, lambda offset: iter([content[offset:]]), lambda size: None)
-        assert not unfinished.exists()
-    layout.copy_blob(blob, lambda offset: iter([content[offset:]]), lambda size: None)
-    assert layout.has_blob(blob)
+        done: list[int] = []
+        layout.copy_blob(blob, lambda offset: iter([content[offset:]]), done.append)
+        assert layout.read_blob(blob, limit=BIG) == content
+        assert sum(done) == BIG
+        assert not temporaries(path)
+        layout.remove_blob(blob)
+    unfinished.write_bytes(b"x" * 1000)
+    with pytest.raises(IntegrityError):
+        layout.copy_blob(blob, lambda offset: iter([bytes(1) + content[offset + 1 :]]), lambda size: None)
+    assert not temporaries(path)
+
+
+def test_what_was_put_where_an_unfinished_file_would_lie_is_left_alone(
+    layout: Layout, path: Path, tmp_path: Path
+) -> None:
+    content = random.Random(6).randbytes(BIG)
+    blob = describe(content)
+    unfinished = unfinished_file(path, blob)
+    precious = tmp_path / "precious"
+    precious.write_bytes(content[:100])
+
+    def foreign() -> None:
+        unfinished.write_bytes(content[:100])
+        os.chown(unfinished, NOBODY, NOBODY)
+
+    placed: list[Callable[[], object]] = [
+        lambda: unfinished.symlink_to(precious),
+        lambda: unfinished.hardlink_to(precious),
+        lambda: os.mkfifo(unfinished),
+        unfinished.mkdir,
+    ]
+    if os.geteuid() == 0:
+        placed.append(foreign)
+    for place in placed:
+        place()
+        layout.copy_blob(blob, lambda offset: iter([content[offset:]]), lambda size: None)
+        assert layout.read_blob(blob, limit=BIG) == content
+        layout.remove_blob(blob)
+        assert precious.read_bytes() == content[:100]
+        (unfinished.rmdir if unfinished.is_dir() else unfinished.unlink)()
 
 
 def test_two_copies_of_one_blob_at_once(layout: Layout, path: Path) -> None:
     content = random.Random(5).randbytes(BIG)
     blob = describe(content)
-    unfinished = path / f"{TEMPORARY_PREFIX}{blob.digest.removeprefix('sha256:')}"
+    unfinished = unfinished_file(path, blob)
     with open(unfinished, "wb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         other.write(b"of another process")
@@ -467,6 +509,34 @@ def test_stale_files_are_removed_and_living_ones_not(path: Path) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         Layout(path, create=True).close()
     assert sorted(temporaries(path)) == sorted([living.name, resumable.name])
+
+
+def test_a_disk_that_was_full_when_the_layout_was_made_leaves_nothing_half(path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(StorageError):
+            Layout(path, create=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with closing(Layout(path, create=True)) as layout:
+        layout.put_manifest(b"{}", MANIFEST, tag="x")
+        assert layout.tags() == ["x"]
+
+
+def test_who_makes_a_layout_waits_for_who_takes_it_back(path: Path) -> None:
+    """What is looked at and then removed, or made, must not change in between."""
+    path.mkdir()
+    held = os.open(path, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    maker = threading.Thread(target=lambda: Layout(path, create=True).put_manifest(b"{}", MANIFEST, tag="x"))
+    maker.start()
+    maker.join(0.2)
+    assert not list(path.iterdir())
+    os.close(held)
+    maker.join(60)
+    with closing(Layout(path)) as layout:
+        assert layout.tags() == ["x"]
 
 
 def test_killed_writer_leaves_nothing_visible(path: Path) -> None:
