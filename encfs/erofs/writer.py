@@ -42,6 +42,8 @@ from encfs.erofs.xattrs import decode_inline_xattrs, encode_xattrs
 from encfs.errors import SourceError
 
 _ZEROS = bytes(1 << 16)
+#: A file this many times as large as the alignment begins at a multiple of it: at most one part in 32 is padding.
+_ALIGNED_SIZE = 32
 _MAX_SIZE = (1 << 63) - 1
 _MAX_ID = (1 << 32) - 1
 _SYNTHETIC_MODE = stat.S_IFDIR | 0o755
@@ -114,7 +116,8 @@ class ErofsWriter:
     makes directories that are implied but never added, and the root too, with mode 0755, owner 0 and mtime `epoch`;
     without it they are a SourceError. With `replace`, a path that is there already is no error, but what is added takes
     its place: a directory takes over what is in a directory, anything else is removed first with all that lies below.
-    The contents of removed files stay in the image as blocks that nothing names.
+    The contents of removed files stay in the image as blocks that nothing names. With `alignment`, a multiple of
+    BLOCK_SIZE in bytes, large files begin at multiples of it.
     """
 
     def __init__(
@@ -125,9 +128,12 @@ class ErofsWriter:
         epoch: int = 0,
         synthesise_parents: bool = False,
         replace: bool = False,
+        alignment: int = BLOCK_SIZE,
     ) -> None:
         if len(uuid) != 16:
             raise ValueError("a UUID has 16 bytes")
+        if alignment <= 0 or alignment % BLOCK_SIZE:
+            raise ValueError("files begin at blocks")
         if not 0 <= epoch <= _MAX_SIZE:
             raise ValueError("the epoch is a number of seconds from 1970 onwards")
         if sink.position:
@@ -137,6 +143,7 @@ class ErofsWriter:
         self._epoch = epoch
         self._synthesise = synthesise_parents
         self._replace = replace
+        self._alignment = alignment
         self._data_size = 0
         self._sparse = False
         self._spool = open_spool()
@@ -336,6 +343,8 @@ class ErofsWriter:
         extent = next(remaining, None)
         step = 1 << (plan.chunk_bits - BLOCK_BITS)
         covered = first = 0
+        if size >= _ALIGNED_SIZE * self._alignment:
+            self._write_zeros(-self._sink.position % self._alignment)
         for start, end in plan.ranges:
             first = self._reserve(path, end - start)
             chunk, stop = start >> plan.chunk_bits, -(-end >> plan.chunk_bits)

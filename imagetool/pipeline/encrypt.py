@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from encfs.erofs.structures import BLOCK_SIZE
 from encfs.erofs.writer import ErofsWriter
 from encfs.errors import StorageError
 from encfs.format.descriptor import ARTIFACT_TYPE, MANIFEST_TYPE, ContentDescriptor
@@ -105,7 +106,7 @@ def _write_volume(
     progress.begin("encrypt", measure.size)
     writer = VolumeWriter(sink, volume)
     try:
-        with ErofsWriter(writer, uuid=IMAGE_UUID) as image:
+        with ErofsWriter(writer, uuid=IMAGE_UUID, alignment=max(BLOCK_SIZE, volume.frame_size)) as image:
             add_source(source, image, exclude, progress.advance)
             summary = image.finish()
         return writer.finish(), summary.inodes, summary.data_size

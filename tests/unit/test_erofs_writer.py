@@ -56,6 +56,30 @@ def test_data_come_first_in_the_order_of_adding_then_metadata(tmp_path: Path) ->
     assert summary.data_size == 5000 + 1 + 4096
 
 
+def test_large_files_begin_at_multiples_of_the_alignment(tmp_path: Path) -> None:
+    alignment = 4 * BLOCK_SIZE
+    large, small = os.urandom(32 * alignment + 1), os.urandom(32 * alignment - 1)
+    with FileSink(tmp_path / "image") as sink, ErofsWriter(sink, uuid=TEST_UUID, alignment=alignment) as writer:
+        writer.add(Entry(b"", DIRECTORY))
+        for name, content in ((b"1-small", small), (b"2-large", large), (b"3-large", large)):
+            writer.add(Entry(name, FILE, size=len(content)), io.BytesIO(content))
+        summary = writer.finish()
+    assert summary.data_size == len(small) + 2 * len(large)
+    fsck(tmp_path / "image")
+    with open_image(tmp_path / "image") as tree:
+        starts = {}
+        for path, inode in walk(tree, tree.inode(tree.root)):
+            if stat.S_ISREG(inode.mode):
+                ((starts[path], length),) = tree.extents(inode, 0, inode.size)
+                assert length == inode.size
+    assert starts[b"1-small"] == BLOCK_SIZE
+    assert starts[b"2-large"] % alignment == starts[b"3-large"] % alignment == 0
+    assert starts[b"3-large"] - starts[b"2-large"] == 33 * alignment
+    content = (tmp_path / "image").read_bytes()
+    assert content[starts[b"3-large"] :][: len(large)] == large
+    assert not any(content[starts[b"2-large"] + len(large) : starts[b"3-large"]])
+
+
 def test_inodes_follow_a_walk_of_the_tree(tmp_path: Path) -> None:
     """Children of one directory side by side and sorted, then the directories below, and never across a block."""
     items = [ROOT]
@@ -253,9 +277,11 @@ def test_missing_contents_are_refused(tmp_path: Path) -> None:
         writer.add(Entry(b"x", FILE, size=1))
 
 
-@pytest.mark.parametrize("options", [{"uuid": b"short"}, {"uuid": TEST_UUID, "epoch": -1}])
+@pytest.mark.parametrize(
+    "options", [{"uuid": b"short"}, {"uuid": TEST_UUID, "epoch": -1}, {"uuid": TEST_UUID, "alignment": 512}]
+)
 def test_wrong_options_are_refused(options: dict[str, object], tmp_path: Path) -> None:
-    with FileSink(tmp_path / "image") as sink, pytest.raises(ValueError, match=r"UUID|epoch"):
+    with FileSink(tmp_path / "image") as sink, pytest.raises(ValueError, match=r"UUID|epoch|blocks"):
         ErofsWriter(sink, **options)  # type: ignore[arg-type]
 
 
