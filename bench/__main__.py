@@ -13,7 +13,7 @@ from types import FrameType
 from bench.broker import measure_broker
 from bench.contenders import KeyFiles
 from bench.encryption import measure_encryption, measure_memory
-from bench.environment import FULL, QUICK, Scale, Workspace, describe_machine, describe_versions, say
+from bench.environment import FULL, QUICK, Scale, Workspace, compile_packages, describe_machine, describe_versions, say
 from bench.filesystem import measure_file, measure_tree
 from bench.kernel import measure_kernel
 from bench.mounting import measure_mounting
@@ -48,6 +48,7 @@ def main() -> int:
     arguments = _parse()
     # So that mounts and temporary directories go when the run is ended from outside.
     signal.signal(signal.SIGTERM, _exit)
+    compile_packages()
     scale = QUICK if arguments.quick else FULL
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     comparisons: list[Comparison] = []
