@@ -30,8 +30,8 @@ from tests.support.broker import (
     sample,
     serving,
     set_policy,
-    wait_until,
 )
+from tests.support.waiting import LONG, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +298,7 @@ def test_what_is_no_http(broker: Served) -> None:
     context = ssl.create_default_context(cafile=str(broker.ca))
     for content in (b"\x00" * 100, b"GET / HTTP/9.9\r\n\r\n", b"GET / HTTP/1.1\r\nX: " + b"y" * 40_000):
         with (
-            socket.create_connection(("127.0.0.1", address.port), timeout=20) as raw,
+            socket.create_connection(("127.0.0.1", address.port), timeout=LONG) as raw,
             context.wrap_socket(raw, server_hostname="127.0.0.1") as wrapped,
         ):
             wrapped.sendall(content)
@@ -306,7 +306,7 @@ def test_what_is_no_http(broker: Served) -> None:
 
 
 def test_plain_text_on_the_tls_port(broker: Served) -> None:
-    with socket.create_connection(("127.0.0.1", urlsplit(broker.url).port), timeout=20) as raw:
+    with socket.create_connection(("127.0.0.1", urlsplit(broker.url).port), timeout=LONG) as raw:
         raw.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
         assert b"ok" not in raw.recv(4096)
 
@@ -432,7 +432,7 @@ def test_nothing_secret_in_what_is_written(broker: Served, client: Handshake) ->
 
 def test_a_slow_client_does_not_stop_others(broker: Served, client: Handshake) -> None:
     address = urlsplit(broker.url)
-    raws = [socket.create_connection(("127.0.0.1", address.port), timeout=20) for _ in range(50)]
+    raws = [socket.create_connection(("127.0.0.1", address.port), timeout=LONG) for _ in range(50)]
     try:
         for raw in raws:
             raw.sendall(b"\x16\x03\x01")
@@ -443,7 +443,7 @@ def test_a_slow_client_does_not_stop_others(broker: Served, client: Handshake) -
             done.set()
 
         threading.Thread(target=shake, daemon=True).start()
-        assert done.wait(20)
+        assert done.wait(LONG)
     finally:
         for raw in raws:
             raw.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import shutil
 import signal
 import socket
@@ -37,11 +36,12 @@ from tests.support.broker import (
     serving,
     set_policy,
     unwrapped,
-    wait_until,
 )
 from tests.support.postgres import Postgres, running_postgres
+from tests.support.registry import reserved_port
 from tests.support.snpchip import MEASUREMENT, SnpChip, trust_authority
 from tests.support.tpm import SoftwareTpm, tpm
+from tests.support.waiting import wait_until
 
 __all__ = ["tpm"]
 
@@ -118,11 +118,11 @@ def test_an_artifact_of_another_key_is_not_released(tmp_path: Path) -> None:
 
 def test_a_restart_in_the_middle_of_a_handshake(tmp_path: Path, database: str) -> None:
     directory = make_broker(tmp_path / "b", "--database", database)
-    with serving(directory) as first:
-        port = first.url.rpartition(":")[2]
+    address = f"127.0.0.1:{reserved_port()}"
+    with serving(directory, listen=address) as first:
         begun, attested = Handshake(first.url, first.ca).begin(), Handshake(first.url, first.ca).attested()
         first.kill()
-    with serving(directory, listen=f"127.0.0.1:{port}") as second:
+    with serving(directory, listen=address) as second:
         assert begun.attest().status == 200
         assert begun.opened(begun.resource()) == attested.opened(attested.resource())
         assert unwrapped(second.uri(), directory)
@@ -190,7 +190,7 @@ def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
         workers = broker.workers()
         # And where the process dies that holds them, none stays behind.
         broker.process.kill()
-        broker.process.wait(30)
+        broker.process.wait(60)
         wait_until(lambda: not any(_runs(pid) for pid in workers))
 
 
@@ -217,13 +217,23 @@ def test_one_address_does_not_keep_others_out(tmp_path: Path) -> None:
         context = ssl.create_default_context(cafile=str(broker.ca))
         connections = []
         for _ in range(160):
-            raw = socket.create_connection(("127.0.0.1", address.port), timeout=20)
+            raw = socket.create_connection(("127.0.0.1", address.port), timeout=60)
             connections.append(context.wrap_socket(raw, server_hostname="127.0.0.1"))
-        closed = select.select(connections, [], [], 5)[0]
-        assert len(closed) >= 40
+        wait_until(lambda: sum(map(_is_closed, connections)) >= 40)
         assert Handshake(broker.url, broker.ca, source="127.0.0.2").attested().resource().status == 200
         for connection in connections:
             connection.close()
+
+
+def _is_closed(connection: ssl.SSLSocket) -> bool:
+    """By the other side: what else it may have sent (tickets of TLS) is passed over."""
+    connection.settimeout(0)
+    try:
+        return connection.recv(1) == b""
+    except ssl.SSLWantReadError:
+        return False
+    except OSError:
+        return True
 
 
 def test_large_messages_of_one_address(tmp_path: Path) -> None:
@@ -243,7 +253,7 @@ def test_large_messages_of_one_address(tmp_path: Path) -> None:
 def test_a_request_without_end(tmp_path: Path, start: bytes) -> None:
     directory = make_broker(tmp_path / "b")
     with serving(directory, "--plain-http") as broker:
-        raw = socket.create_connection(("127.0.0.1", urlsplit(broker.url).port), timeout=20)
+        raw = socket.create_connection(("127.0.0.1", urlsplit(broker.url).port), timeout=60)
         raw.sendall(b"POST /kbs/v0/auth HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + start)
         piece = b"X-Y: " + b"z" * 16379 if start else b"1\r\nx\r\n" * 2000
         with raw, pytest.raises(OSError, match=r"reset|Broken pipe"):
@@ -254,9 +264,10 @@ def test_rates_of_one_address(tmp_path: Path) -> None:
     directory = make_broker(tmp_path / "b")
     configure(directory, rate=1, burst=5)
     with serving(directory) as broker:
-        answers = [Handshake(broker.url, broker.ca).auth() for _ in range(14)]
+        # As many as a slow machine does not send while two workers let one through each second.
+        answers = [Handshake(broker.url, broker.ca).auth() for _ in range(40)]
         assert {answer.status for answer in answers} == {200, 429}
-        assert 429 in {Handshake(broker.url, broker.ca).request("GET", "/metrics").status for _ in range(14)}
+        assert 429 in {Handshake(broker.url, broker.ca).request("GET", "/metrics").status for _ in range(40)}
         # The client waits and gets its key.
         assert unwrapped(broker.uri(), directory)
 
@@ -269,7 +280,7 @@ def test_sample_evidence_without_demo(tmp_path: Path) -> None:
         url = json.loads(process.stdout.readline())["url"]
         answer = Handshake(url, directory / "tls.crt").begin().attest()
         process.terminate()
-        process.communicate(timeout=30)
+        process.communicate(timeout=60)
     assert (answer.status, answer.kind) == (401, "AttestationFailed")
     assert imagetool("broker", "releases", directory)["entries"][-1]["reasons"][0]["code"] == "sample"
 

@@ -27,7 +27,7 @@ from encfs.oci.reference import parse_reference
 from encfs.oci.registry import INDEX_TYPE, Registry
 from encfs.oci.transfer import copy_blobs
 from encfs.progress import NoProgress
-from tests.support.registry import Fault, FaultProxy, Server, free_port
+from tests.support.registry import Fault, FaultProxy, Server, reserved_port
 from tests.support.remote import (
     MANIFEST,
     SEGMENT,
@@ -353,7 +353,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 
 
 def test_nobody_listens() -> None:
-    host = f"127.0.0.1:{free_port()}"
+    host = f"127.0.0.1:{reserved_port()}"
     with connected(host, io_timeout=5.0) as registry, pytest.raises(TransportError, match="refused"):
         registry.manifest()
     name = Registry(parse_reference("docker://no-such-host.invalid/a/b"))

@@ -13,7 +13,6 @@ import sqlite3
 import ssl
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -111,7 +110,7 @@ class Served:
         """The host dies: nobody says goodbye."""
         for pid in [self.process.pid, *self.workers()]:
             os.kill(pid, signal.SIGKILL)
-        self.process.wait(30)
+        self.process.wait(60)
 
 
 @contextmanager
@@ -133,7 +132,7 @@ def serving(
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-            process.wait(30)
+            process.wait(60)
         process.stdout.close()
 
 
@@ -228,13 +227,6 @@ class Handshake:
     def opened(self, answer: Answer) -> bytes:
         assert answer.status == 200, answer.body
         return bytes(jwe.decrypt(answer.document, self.key))
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
 
 
 _DIGEST = "sha256:" + "5a" * 32

@@ -158,7 +158,7 @@ def known_mounts(runtime: Path) -> list[MountStatus]:
 
 
 def end_mount(
-    runtime: Path, mountpoint: Path, *, timeout: float = 10.0, lazy: bool = False, force: bool = False
+    runtime: Path, mountpoint: Path, *, timeout: float = 60.0, lazy: bool = False, force: bool = False
 ) -> None:
     """`umount()` with this runtime directory."""
     with runtime_directory(runtime):
@@ -178,7 +178,7 @@ def end(pid: int) -> None:
         raise AssertionError(f"the daemon {pid} did not end with its mount")
 
 
-def wait_for_end(pid: int, seconds: float = 30.0) -> bool:
+def wait_for_end(pid: int, seconds: float = 60.0) -> bool:
     """Whether a process has ended within the time."""
     try:
         descriptor = os.pidfd_open(pid)

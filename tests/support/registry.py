@@ -41,10 +41,21 @@ _HTPASSWD = f"{USERNAME}:$2b$05$abcdefghijklmnopqrstuuHNbAKRhpaujgo33bRWs.NLUTJO
 DOCKER_REGISTRY = shutil.which("docker-registry")
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+#: Ports that servers of this process have, bound as long as it lives.
+_reserved: list[socket.socket] = []
+
+
+def reserved_port() -> int:
+    """A port of loopback that nobody else on this machine gets, for a server that has to be told which one is its own.
+
+    The socket stays bound and never listens: a server that sets SO_REUSEADDR, as Go's do, can bind the same port beside
+    it, as often as it is started, and nobody can who asks the kernel for any free port.
+    """
+    socket_ = socket.socket()
+    socket_.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    socket_.bind(("127.0.0.1", 0))
+    _reserved.append(socket_)
+    return int(socket_.getsockname()[1])
 
 
 # -- certificates
@@ -129,7 +140,7 @@ class Server(ABC):
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
-        self.port = free_port()
+        self.port = reserved_port()
         self.host = f"127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -142,7 +153,7 @@ class Server(ABC):
         log = open(self.directory / "log", "ab")  # noqa: SIM115 - the process has it
         with log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, env={"PATH": os.environ["PATH"]})
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while True:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
                 return
@@ -153,7 +164,7 @@ class Server(ABC):
     def stop(self) -> None:
         if self._process is not None:
             self._process.kill()
-            self._process.wait(10)
+            self._process.wait(60)
             self._process = None
 
 
