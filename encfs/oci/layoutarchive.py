@@ -1,16 +1,21 @@
 """A tar archive of an OCI image layout (`oci-archive:`, as skopeo and podman write it) as a source and a sink.
 
 Blobs are read where they lie in the archive. Written is a layout in a hidden directory beside the archive, which moves
-into the archive file by file when it is complete; the archive then gets its name in one step. Not here: reading tar
-(`encfs.tar`), what `docker save` writes.
+into the archive file by file when it is complete; the archive then gets its name in one step. What a writer that was
+killed leaves of it is removed by the next one of the same archive. Not here: reading tar (`encfs.tar`), what `docker
+save` writes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import os
 import shutil
 import tarfile
 import tempfile
+import time
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +28,10 @@ from encfs.oci.layoutindex import parse_entries
 from encfs.oci.layoutsource import LayoutSource, blob_name
 from encfs.tar.file import TarFile
 
+#: What the hidden directories' names have behind that of their archive.
+_PARTIAL = ".encfs-partial-"
+#: Seconds after which a hidden directory that nobody is at work in was left behind, and is not just being made.
+_STALE_SECONDS = 60.0
 _HINT = "give what skopeo copy … oci-archive:FILE or podman save --format oci-archive has written"
 
 
@@ -87,7 +96,9 @@ class ArchiveSink(Layout):
         self._archive = Path(path)
         self._check_free()
         with storage_errors(path):
-            self._directory = Path(tempfile.mkdtemp(prefix=f".{self._archive.name}-", dir=self._archive.parent))
+            self._remove_stale()
+            prefix = f".{self._archive.name}{_PARTIAL}"
+            self._directory = Path(tempfile.mkdtemp(prefix=prefix, dir=self._archive.parent))
         try:
             super().__init__(self._directory / "layout", create=True)
         except BaseException:
@@ -97,6 +108,15 @@ class ArchiveSink(Layout):
     def _check_free(self) -> None:
         if os.path.lexists(self._archive):
             raise ConflictError(f"{self._archive} exists", hint="an archive is written once; choose another name")
+
+    def _remove_stale(self) -> None:
+        """What a writer of the same archive left that was killed."""
+        for path in self._archive.parent.glob(f".{glob.escape(self._archive.name)}{_PARTIAL}*"):
+            # Who writes holds a shared lock on the marker (`layoutdirectory`).
+            with contextlib.suppress(OSError), open(path / "layout" / LAYOUT_FILE, "rb") as marker:
+                fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - os.fstat(marker.fileno()).st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)
 
     def put_manifest(
         self, content: bytes, media_type: str, *, tag: str | None = None, artifact_type: str | None = None

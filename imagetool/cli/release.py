@@ -12,6 +12,7 @@ import typer
 from encfs.console.commandparts import RegistryOptions, TrustOptions, opened_source
 from encfs.console.terminal import Terminal
 from encfs.errors import NotFoundError, UsageError
+from encfs.oci.reference import parse_reference
 from imagetool.cli.broker.parts import opened, resource_path
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def command(
         str,
         typer.Argument(
             metavar="SRC",
-            help="An artifact that was pushed already (oci:…, docker://…); or a directory or file to encrypt to DEST.",
+            help="An artifact (oci:…, oci-archive:…, docker://…), or a directory or file to encrypt to DEST.",
             show_default=False,
         ),
     ],
@@ -62,7 +63,7 @@ def command(
     if not broker or not resource:
         raise UsageError("--broker DIR and --resource PATH are needed", hint="see 'imagetool release --help'")
     path = resource_path(resource)
-    pushed = source.startswith(("oci:", "docker://"))
+    pushed = parse_reference(source).transport != "path"
     if pushed and (destination is not None or signer is not None or version is not None):
         raise UsageError(
             f"{source} is an artifact already: DEST, --sign and --artifact-version are for encrypting",
@@ -115,7 +116,6 @@ def _encrypt(
 ) -> str:
     """Encrypt to the broker's key; the content digest."""
     from encfs.keys.files import load_signing_key
-    from encfs.oci.reference import parse_reference
     from encfs.oci.store import open_sink
     from imagetool.broker.publishing import floor_of, held_key
     from imagetool.pipeline.encrypt import EncryptOptions, encrypt
@@ -141,7 +141,7 @@ def _encrypt(
                 sink,
                 [recipient],
                 signers=[key],
-                options=EncryptOptions(artifact_id=trust.artifact_id, version=version),
+                options=EncryptOptions(artifact_id=trust.artifact_id, version=version, adapt_frames=True),
                 tag=reference.tag,
                 progress=progress,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -101,6 +102,28 @@ def test_a_killed_encryption_leaves_the_tag_alone(work: Path, large: str) -> Non
     document = json.loads(_ok(work, "encrypt", large, "oci:store:v1", "-r", "key.jwk.pub", "--json"))
     assert document["source_size"] == SIZE
     _ok(work, "verify", "oci:store:v1")
+
+
+def test_what_a_killed_writer_of_an_archive_left_is_removed_by_the_next(work: Path, large: str) -> None:
+    words = ("encrypt", large, "oci-archive:out.tar", "-r", "key.jwk.pub")
+    before = set(work.iterdir())
+    for _ in range(2):
+        with _started(work, "imagetool", *words) as process:
+            _wait_for_writes(process)
+            process.kill()
+            process.communicate(timeout=60)
+    left = set(work.iterdir()) - before
+    assert len(left) == 2, "one that is young may be somebody's who has just begun"
+    for path in left:
+        os.utime(path / "layout" / "oci-layout", (0, 0))
+    # Somebody is at work in one of them.
+    busy, stale = sorted(left)
+    with (busy / "layout" / "oci-layout").open("rb") as marker:
+        fcntl.flock(marker, fcntl.LOCK_SH)
+        _ok(work, *words)
+    assert set(work.iterdir()) - before == {busy, work / "out.tar"}
+    assert not stale.exists()
+    _ok(work, "verify", "oci-archive:out.tar", "-k", "key.jwk")
 
 
 def test_an_interrupted_decryption_leaves_nothing(work: Path, large: str) -> None:

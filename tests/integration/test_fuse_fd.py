@@ -22,6 +22,7 @@ from encfs.mount.keeper import Keeper
 from encfs.mount.options import MountOptions
 from tests.support.cluster import NOBODY, give_to_nobody, open_directory
 from tests.support.mounts import REPOSITORY, detach_all
+from tests.support.waiting import LONG
 
 pytestmark = [pytest.mark.fuse, pytest.mark.root]
 
@@ -81,7 +82,7 @@ class Node:
 
     def refused(self, where: str, *descriptors: int) -> dict[str, Any]:
         """The error of a daemon that does not come to serve, in bounded time."""
-        output, _ = self.daemon(where, *descriptors).communicate(timeout=20)
+        output, _ = self.daemon(where, *descriptors).communicate(timeout=LONG)
         answer: dict[str, Any] = json.loads(output)
         return answer
 
@@ -91,7 +92,7 @@ class Node:
         server.bind(path)
         os.chmod(path, 0o666)  # noqa: S103 - the daemon is another user
         server.listen()
-        server.settimeout(20)
+        server.settimeout(LONG)
         return server, path
 
     def assert_serves(self, daemon: subprocess.Popen[str]) -> None:
@@ -112,7 +113,7 @@ def node() -> Iterator[Node]:
 def _end(daemon: subprocess.Popen[str]) -> None:
     daemon.send_signal(signal.SIGTERM)
     try:
-        daemon.communicate(timeout=15)
+        daemon.communicate(timeout=LONG)
     except subprocess.TimeoutExpired:
         daemon.kill()
         daemon.communicate()
@@ -201,13 +202,13 @@ def test_givers_that_do_not_keep_to_it(node: Node, sent: bytes | None, message: 
         channel, _ = server.accept()
         started = time.monotonic()
         if sent is None:
-            output, _ = daemon.communicate(timeout=20)
+            output, _ = daemon.communicate(timeout=LONG)
             channel.close()
         else:
             channel.sendall(sent)
             channel.close()
-            output, _ = daemon.communicate(timeout=20)
-    assert time.monotonic() - started < 10
+            output, _ = daemon.communicate(timeout=LONG)
+    assert time.monotonic() - started < LONG
     error = json.loads(output)["error"]["message"]
     assert message in error
 
@@ -220,7 +221,7 @@ def test_a_giver_that_lies_about_the_descriptor(node: Node) -> None:
         with channel:
             rights = array.array("i", [null.fileno()])
             channel.sendmsg([b'{"init_request": "AAAA"}\n'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
-            output, _ = daemon.communicate(timeout=20)
+            output, _ = daemon.communicate(timeout=LONG)
     assert "no descriptor of /dev/fuse" in json.loads(output)["error"]["message"]
 
 

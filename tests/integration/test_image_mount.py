@@ -9,7 +9,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from tests.support.image_artifacts import (
     whiteout,
 )
 from tests.support.trees import FILE_CAPABILITY, POSIX_ACL, assert_same, scan_image, scan_tree
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.fuse, pytest.mark.root]
 
@@ -81,10 +81,7 @@ class Place:
     def assert_nothing_is_left(self, pid: int) -> None:
         assert top_mount(str(self.mount)) is None
         assert list(self.mount.iterdir()) == []
-        deadline = time.monotonic() + 10
-        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert not Path(f"/proc/{pid}").exists()
+        wait_until(lambda: not Path(f"/proc/{pid}").exists())
         assert list((self.base / "run").iterdir()) == []
 
     def state(self) -> str:
@@ -290,26 +287,20 @@ def test_a_supervised_image_is_the_merged_tree(place: Place) -> None:
 def test_what_a_killed_daemon_leaves_is_recovered(place: Place, options: list[str]) -> None:
     status = place.start("odd", *options)
     os.kill(status["pid"], signal.SIGKILL)
-    deadline = time.monotonic() + 10
-    while place.state() != "dead" and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert place.state() == "dead"
+    wait_until(lambda: place.state() == "dead")
     with pytest.raises(OSError, match=r"Transport endpoint|Input/output"):
         (place.mount / "large").read_bytes()
     again = place.start("odd", *options)
     assert (place.mount / "d" / "low").read_text() == "low"
     os.kill(again["pid"], signal.SIGKILL)
-    while place.state() != "dead" and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: place.state() == "dead")
     place.stop(again["pid"])
 
 
 def test_signals_and_force_end_the_whole_of_it(place: Place) -> None:
     status = place.start("odd", "--backend", "erofs")
     os.kill(status["pid"], signal.SIGTERM)
-    deadline = time.monotonic() + 10
-    while top_mount(str(place.mount)) is not None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: top_mount(str(place.mount)) is None)
     place.assert_nothing_is_left(status["pid"])
     status = place.start("odd")
     with open(place.mount / "large", "rb"):

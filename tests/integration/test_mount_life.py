@@ -104,7 +104,7 @@ def test_foreground_mount_says_when_it_is_ready(place: Place) -> None:
         assert status.pid == process.pid
         assert (place.mount / "hello").read_text() == "hello\n"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
     place.assert_nothing_is_left(process.pid)
 
 
@@ -128,7 +128,7 @@ class foreground:  # noqa: N801 - a context manager
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.process.terminate()
-            self.process.wait(10)
+            self.process.wait(60)
         for stream in (self.process.stdout, self.process.stderr):
             if stream is not None:
                 stream.close()
@@ -405,7 +405,7 @@ def test_nonsense_on_the_control_socket_is_answered_and_forgotten(place: Place, 
     place.start()
     (path,) = place.run.glob("*.sock")
     with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(10)
+        connection.settimeout(60)
         connection.connect(f"/proc/self/fd/{os.open(place.run, os.O_RDONLY)}/{path.name}")
         try:
             connection.sendall(line)

@@ -41,7 +41,7 @@ MIB = 1 << 20
 GET_BLOB = "^GET .*/blobs/sha256"
 FILES = {"a": randomness(6 * MIB, 1), "b": randomness(6 * MIB, 2), "large": randomness(24 * MIB, 3)}
 #: Seconds that a read goes on trying where it is to fail.
-PATIENCE = 3.0
+PATIENCE = 4.0
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +298,7 @@ def test_the_background_keeps_its_rate_and_gives_way(proxy: FaultProxy, tmp_path
 
 def test_prefetch_goes_on_when_the_registry_is_back(proxy: FaultProxy, tmp_path: Path, keys: Keys) -> None:
     proxy.faults = [Fault(GET_BLOB, skip=6, times=-1, reply=(503, {}))]
-    with mounted(tmp_path, proxy.host, keys, "--prefetch", "all", patience=0.5) as mount:
+    with mounted(tmp_path, proxy.host, keys, "--prefetch", "all", patience=PATIENCE) as mount:
         state = mount.wait_for(lambda status: status["prefetch"]["state"] == "retrying")["prefetch"]
         assert "503" in state["error"]
         proxy.faults = []

@@ -218,7 +218,7 @@ def test_killed_in_the_middle_goes_on(place: Path, server: DockerRegistry, proxy
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.wait(30)
+    process.wait(60)
     proxy.faults = []
     before = moved(proxy, way)
     done = answer(place, way, *words, PLAIN)

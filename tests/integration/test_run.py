@@ -9,7 +9,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from encfs.keys.files import write_key_files
 from encfs.oci.layout import Layout
 from tests.support.artifacts import ARTIFACT_ID, make_keys
 from tests.support.image_artifacts import directory, encrypt_image, file, image_config, link
+from tests.support.waiting import LONG, wait_until
 
 pytestmark = [pytest.mark.fuse, pytest.mark.root]
 
@@ -246,11 +246,11 @@ def test_sigterm_is_the_images_stop_signal(images: Images) -> None:
     trap = "trap 'echo stopped; exit 9' USR1"
     with images.started("while :; do sleep 0.05; done", first=trap) as process:
         process.terminate()
-        assert process.communicate(timeout=20)[0] == "stopped\n"
+        assert process.communicate(timeout=LONG)[0] == "stopped\n"
         assert process.returncode == 9
     with images.started("exec sleep 100") as process:
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
+        assert process.wait(LONG) == 130
 
 
 def test_nothing_is_left_after_the_end_or_a_kill(images: Images) -> None:
@@ -259,15 +259,10 @@ def test_nothing_is_left_after_the_end_or_a_kill(images: Images) -> None:
     assert done.returncode == 3
     assert _processes(mark) == 0
     with images.started(f"/bin/sleep {mark} & exec /bin/sleep {mark}") as process:
-        deadline = time.monotonic() + 10
-        while _processes(mark) < 2 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert _processes(mark) == 2
+        wait_until(lambda: _processes(mark) == 2)
         process.kill()
-        process.wait(20)
-        while _processes(mark) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert _processes(mark) == 0
+        process.wait(LONG)
+        wait_until(lambda: _processes(mark) == 0)
     assert str(images.base) not in Path("/proc/self/mountinfo").read_text()
 
 

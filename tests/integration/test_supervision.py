@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.support.mounts import REPOSITORY, detach_all, is_mounted, wait_for_end
+from tests.support.waiting import LONG, wait_until
 
 pytestmark = [pytest.mark.fuse, pytest.mark.root]
 
@@ -80,12 +81,15 @@ class Mounted:
         found: list[dict[str, Any]] = self.encfs("status")["mounts"]
         return next(one for one in found if one["mountpoint"] == str(self.place))
 
-    def wait_for(self, condition: Callable[[dict[str, Any]], bool], seconds: float = 15.0) -> dict[str, Any]:
-        deadline = time.monotonic() + seconds
-        while not condition(status := self.status()):
-            assert time.monotonic() < deadline, status
-            time.sleep(0.05)
-        return status
+    def wait_for(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        found: list[dict[str, Any]] = []
+
+        def holds() -> bool:
+            found[:] = [self.status()]
+            return condition(found[0])
+
+        wait_until(holds, lambda: found)
+        return found[0]
 
     def read(self, descriptor: int, offset: int, size: int) -> bool:
         """Whether a read from the daemon, not from the page cache, is what was encrypted."""
@@ -100,7 +104,7 @@ def mounted(tmp_path: Path) -> Iterator[Mounted]:
     supervisors = [one["supervisor"] for one in mounted.encfs("status")["mounts"] if one["supervisor"]]
     detach_all(mounted.place)
     for pid in supervisors:
-        assert wait_for_end(pid, 15)
+        assert wait_for_end(pid)
 
 
 def test_readers_do_not_notice_that_the_daemon_is_killed(mounted: Mounted) -> None:
@@ -144,7 +148,7 @@ def test_readers_do_not_notice_that_the_daemon_is_killed(mounted: Mounted) -> No
             thread.join()
     assert wrong == []
     assert errors == []
-    assert 0 < max(longest) < 5.0  # about 1 s where the machine has nothing else to do
+    assert 0 < max(longest) < LONG  # about 1 s where the machine has nothing else to do
     assert status["reason"] == "killed by SIGKILL"
     assert "was lost: killed by SIGKILL" in Path(status["log_file"]).read_text()
 
@@ -165,7 +169,7 @@ def test_a_kernel_that_cannot_resend_fails_requests_under_way_and_goes_on(mounte
     thread.start()
     time.sleep(0.3)
     os.kill(status["pid"], signal.SIGKILL)
-    thread.join(10)
+    thread.join(LONG)
     assert not thread.is_alive()
     mounted.wait_for(lambda status: status["state"] == "serving" and status["restarts"] == 1)
     assert mounted.read(descriptor, 8 << 20, 100_000)
@@ -183,10 +187,10 @@ def test_without_a_daemon_reads_fail_in_bounded_time_and_recover(mounted: Mounte
     started = time.monotonic()
     with pytest.raises(OSError, match="Input/output error"):
         mounted.read(descriptor, 4 << 20, 4096)
-    assert time.monotonic() - started < 10
-    mounted.wait_for(lambda status: status["state"] == "failing" and "a.jwk" in status["reason"], 30)
+    assert time.monotonic() - started < LONG
+    mounted.wait_for(lambda status: status["state"] == "failing" and "a.jwk" in status["reason"])
     (mounted.base / "away").rename(key)
-    mounted.wait_for(lambda status: status["state"] == "serving", 30)
+    mounted.wait_for(lambda status: status["state"] == "serving")
     assert mounted.read(descriptor, 4 << 20, 4096)
     os.close(descriptor)
 
@@ -197,7 +201,7 @@ def test_a_tag_that_moves_does_not_change_what_is_mounted(mounted: Mounted) -> N
     (mounted.base / "model" / "weights").write_bytes(bytes(1000))
     mounted.imagetool("encrypt", mounted.base / "model", mounted.reference, "-r", mounted.base / "a.jwk.pub")
     os.kill(status["pid"], signal.SIGKILL)
-    later = mounted.wait_for(lambda status: status["state"] == "serving" and status["restarts"] == 1, 60)
+    later = mounted.wait_for(lambda status: status["state"] == "serving" and status["restarts"] == 1)
     for name in ("content_digest", "manifest_digest"):
         assert later[name] == status[name] != ""
     assert mounted.read(descriptor, 4 << 20, 4096)
@@ -220,7 +224,7 @@ def test_a_daemon_without_memory_is_replaced_and_the_log_says_why(mounted: Mount
     with _without_memory(status["pid"], lambda: _vmstat(mounted, 1)):
         for offset in range(0, _SIZE, 1 << 20):
             assert mounted.read(descriptor, offset, 1 << 19)
-        later = mounted.wait_for(lambda status: status["state"] == "serving" and status["restarts"] == 1, 60)
+        later = mounted.wait_for(lambda status: status["state"] == "serving" and status["restarts"] == 1)
     os.close(descriptor)
     assert later["reason"] == "killed by SIGKILL, and the kernel has killed for lack of memory meanwhile"
     assert later["reason"] in Path(later["log_file"]).read_text()

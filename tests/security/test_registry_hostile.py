@@ -218,7 +218,7 @@ def test_documents(hostile: FaultProxy, tmp_path: Path, kind: str) -> None:
     started = time.monotonic()
     with pytest.raises(error):
         pull(hostile, tmp_path / "layout")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60
     assert len(hostile.seen) == 1, "nothing that it names was asked for"
 
 

