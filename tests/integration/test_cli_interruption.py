@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -154,3 +155,29 @@ def test_a_reader_that_has_enough(work: Path, large: str) -> None:
         process.stdout.close()
         assert process.wait(timeout=60) == 128 + signal.SIGPIPE
         assert process.stderr.read().count(b"\n") == 1, "the warning, and nothing else"
+
+
+@pytest.mark.parametrize("program", ["encfs", "imagetool"])
+def test_an_interrupt_while_the_program_is_loaded_shows_no_traceback(program: str) -> None:
+    code = f"""
+import os, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "encfs.console":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+from {program}.start import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
+def test_the_programs_start_where_that_is_done() -> None:
+    """Before the first import that takes time."""
+    scripts = {point.name: point.value for point in entry_points(group="console_scripts")}
+    assert scripts["encfs"] == "encfs.start:main"
+    assert scripts["imagetool"] == "imagetool.start:main"
+    assert scripts["mount.fuse.encfs"] == "encfs.start:mount_helper"
