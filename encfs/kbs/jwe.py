@@ -2,7 +2,7 @@
 
 | `alg` | session key | `encrypted_key` |
 |---|---|---|
-| `ECDH-ES+A256KW` (RFC 7518, 4.6), `epk` in the protected header | P-256, P-384 | 40 bytes |
+| `ECDH-ES+A256KW` (RFC 7518, 4.6), `epk` in the protected header | P-256, P-384, P-521 | 40 bytes |
 | `RSA-OAEP-256` (4.3) | RSA | as long as the modulus |
 
 The protected header is the associated data. Clients of Confidential Containers do not take its bytes for that, but
@@ -36,6 +36,11 @@ _MAX_HEADER = 8 << 10
 _MAX_RSA_BYTES = jwk.MAX_RSA_BITS // 8
 _RSA_BITS = 3072
 _ALGORITHMS: Mapping[KeyKind, str] = {KeyKind.P256: ECDH, KeyKind.P384: ECDH, KeyKind.RSA: RSA}
+#: Clients of Confidential Containers may have session keys on P-521 as well; keys of artifacts are on no such curve.
+_P521 = "P-521"
+
+#: The public half of a session's key pair, checked.
+SessionKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 
 
 def session_key(*, use_rsa: bool = False) -> PrivateKey:
@@ -50,7 +55,7 @@ def public_members(key: PublicKey) -> dict[str, str]:
     return jwk.public_members(key.handle) | {"alg": _ALGORITHMS[key.kind]}
 
 
-def parse_public(members: object) -> PublicKey:
+def parse_public(members: object) -> SessionKey:
     """The session key of an untrusted message. Raises: FormatError."""
     if not isinstance(members, dict):
         raise FormatError("tee-pubkey is not a JSON object")
@@ -59,27 +64,39 @@ def parse_public(members: object) -> PublicKey:
     if len(members) > 5 or not all(isinstance(value, str) for value in members.values()):
         raise FormatError("tee-pubkey has members that do not belong to a public key")
     try:
+        if members.get("crv") == _P521:
+            return _p521_key(members)
         key = jwkjson.key_from_jwk(members)
     except KeyFileError as error:
         raise FormatError(f"tee-pubkey {error.message}") from None
-    if not isinstance(key, PublicKey) or key.kind not in _ALGORITHMS:
-        raise FormatError("tee-pubkey is no public EC or RSA key")
-    return key
+    if isinstance(key, PublicKey) and isinstance(key.handle, SessionKey):
+        return key.handle
+    raise FormatError("tee-pubkey is no public EC or RSA key")
 
 
-def encrypt(content: bytes | bytearray, key: PublicKey) -> dict[str, str]:
+def _p521_key(members: Mapping[str, object]) -> ec.EllipticCurvePublicKey:
+    """Raises: KeyFileError."""
+    if set(members) != {"kty", "crv", "alg", "x", "y"} or (members["kty"], members["alg"]) != ("EC", ECDH):
+        raise KeyFileError(f"on the curve {_P521} has other members than an EC key for {ECDH}")
+    try:
+        return jwkjson.point_from_jwk(members, ec.SECP521R1(), _P521)
+    except FormatError as error:
+        raise KeyFileError(f"is a malformed JWK: {error.message}") from None
+
+
+def encrypt(content: bytes | bytearray, key: SessionKey) -> dict[str, str]:
     """The members of the JWE that only the holder of the session's private key opens."""
     cek = bytearray(os.urandom(CEK_SIZE))
-    header: dict[str, object] = {"alg": _ALGORITHMS[key.kind], "enc": _ENC}
+    header: dict[str, object] = {"alg": RSA if isinstance(key, rsa.RSAPublicKey) else ECDH, "enc": _ENC}
     try:
-        if isinstance(key.handle, ec.EllipticCurvePublicKey):
-            ephemeral = ec.generate_private_key(key.handle.curve)
-            header["epk"] = dict(sorted(jwk.public_members(ephemeral.public_key()).items()))
-            kek = agreed_kek(ephemeral.exchange(ec.ECDH(), key.handle))
+        if isinstance(key, rsa.RSAPublicKey):
+            wrapped = jwk.encrypt_oaep(key, cek)
+        else:
+            ephemeral = ec.generate_private_key(key.curve)
+            header["epk"] = dict(sorted(jwk.point_members(ephemeral.public_key()).items()))
+            kek = agreed_kek(ephemeral.exchange(ec.ECDH(), key))
             wrapped = aes_key_wrap(kek, cek)
             wipe(kek)
-        else:
-            wrapped = key.encrypt_oaep(cek)
         protected = b64url_encode(json.dumps(header, separators=(",", ":")).encode())
         iv = os.urandom(_IV_SIZE)
         sealed = AESGCM(cek).encrypt(iv, content, protected.encode("ascii"))

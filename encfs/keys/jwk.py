@@ -142,7 +142,7 @@ class PublicKey:
         """RSA-OAEP with SHA-256 in both places (RFC 7518, section 4.3)."""
         if not isinstance(self.handle, rsa.RSAPublicKey):
             raise TypeError("not an RSA key")
-        return self.handle.encrypt(bytes(data), _OAEP)
+        return encrypt_oaep(self.handle, data)
 
     def encrypt_hpke(self, data: bytes | bytearray, info: bytes) -> bytes:
         """HPKE base mode, single shot: enc || ciphertext."""
@@ -228,6 +228,11 @@ class PrivateKey:
 Key = PublicKey | PrivateKey | SymmetricKey
 
 
+def encrypt_oaep(handle: rsa.RSAPublicKey, data: bytes | bytearray) -> bytes:
+    """RSA-OAEP with SHA-256 in both places (RFC 7518, section 4.3)."""
+    return handle.encrypt(bytes(data), _OAEP)
+
+
 def public_key(handle: PublicHandle, uses: frozenset[Use] | None = None) -> PublicKey:
     """Check a library's key and name it. `uses` None: whatever its kind can do.
 
@@ -304,6 +309,17 @@ def expand_hybrid(seed: bytes) -> HybridPrivate:
     )
 
 
+def point_members(handle: ec.EllipticCurvePublicKey) -> dict[str, str]:
+    """The public members of a key on one of NIST's curves, P-521 as well (RFC 7518, section 6.2.1)."""
+    # Imported here: it brings formats along (OpenSSH's) that take longer to load than all keys.
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+    size = (handle.curve.key_size + 7) // 8
+    point = handle.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+    x, y = point[1 : 1 + size], point[1 + size :]
+    return {"kty": "EC", "crv": f"P-{handle.curve.key_size}", "x": b64url_encode(x), "y": b64url_encode(y)}
+
+
 def public_members(handle: PublicHandle) -> dict[str, str]:
     """Exactly the members that RFC 7638 (RFC 9964 for AKP) hashes."""
     match handle:
@@ -312,13 +328,8 @@ def public_members(handle: PublicHandle) -> dict[str, str]:
         case ed25519.Ed25519PublicKey():
             return {"kty": "OKP", "crv": "Ed25519", "x": b64url_encode(handle.public_bytes_raw())}
         case ec.EllipticCurvePublicKey():
-            # Imported here: it brings formats along (OpenSSH's) that take longer to load than all keys.
-            from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-
-            crv, size = {CURVES[name][0]: (name, CURVES[name][2]) for name in CURVES}[_curve_kind(handle.curve)]
-            point = handle.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
-            x, y = point[1 : 1 + size], point[1 + size :]
-            return {"kty": "EC", "crv": crv, "x": b64url_encode(x), "y": b64url_encode(y)}
+            _curve_kind(handle.curve)
+            return point_members(handle)
         case rsa.RSAPublicKey():
             numbers = handle.public_numbers()
             return {"kty": "RSA", "n": number_text(numbers.n), "e": number_text(numbers.e)}

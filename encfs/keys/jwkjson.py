@@ -184,12 +184,7 @@ def _public_handle(members: Mapping[str, object]) -> PublicHandle:
         case "OKP" if crv == "Ed25519":
             return ed25519.Ed25519PublicKey.from_public_bytes(_sized(members, "x", _ED25519_SIZE))
         case "EC" if isinstance(crv, str) and crv in CURVES:
-            _, curve, size = CURVES[crv]
-            x, y = _sized(members, "x", size), _sized(members, "y", size)
-            try:
-                return ec.EllipticCurvePublicKey.from_encoded_point(curve, b"\x04" + x + y)
-            except ValueError:
-                raise KeyFileError(f"has a point that is not on the curve {crv}") from None
+            return point_from_jwk(members, CURVES[crv][1], crv)
         case "OKP" | "EC":
             raise KeyFileError(f"is on the curve {show_name(crv)}, which is not supported")
         case "RSA":
@@ -206,6 +201,16 @@ def _public_handle(members: Mapping[str, object]) -> PublicHandle:
             raise FormatError("it has no kty")
         case _:
             raise KeyFileError(f"is of the type {show_name(kty)}, which is not supported")
+
+
+def point_from_jwk(members: Mapping[str, object], curve: ec.EllipticCurve, crv: str) -> ec.EllipticCurvePublicKey:
+    """The point of a JWK of an elliptic curve. Raises: FormatError; KeyFileError where it is not on the curve."""
+    size = (curve.key_size + 7) // 8
+    x, y = _sized(members, "x", size), _sized(members, "y", size)
+    try:
+        return ec.EllipticCurvePublicKey.from_encoded_point(curve, b"\x04" + x + y)
+    except ValueError:
+        raise KeyFileError(f"has a point that is not on the curve {crv}") from None
 
 
 def _hybrid_public(data: bytes) -> HybridPublic:

@@ -25,6 +25,8 @@ pytestmark = needs_cargo
 
 DIGEST = "sha256:" + "5a" * 32
 KEK = bytes(range(32))
+#: Of the session keys that the guest components have.
+CURVES = ("P-256", "P-521")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,8 @@ class TheirClient(Handshake):
     """A client that writes the judge's messages and opens responses as the guest components do."""
 
     judge: Judge = field(default=None)  # type: ignore[assignment]
-    private: str = ""
+    curve: str = "P-256"
+    pair: dict[str, Any] = field(default_factory=dict)
 
     def auth(self) -> Answer:
         message = {"version": self.version, "tee": self.tee, "extra-params": {}}
@@ -67,9 +70,8 @@ class TheirClient(Handshake):
         return answer
 
     def message(self) -> dict[str, Any]:
-        pair = json.loads(self.judge.run("keygen"))
-        self.private = pair["private"]
-        runtime = {"nonce": self.nonce, "tee-pubkey": pair["tee-pubkey"]}
+        self.pair = self.judge.keygen(self.curve)
+        runtime = {"nonce": self.nonce, "tee-pubkey": self.pair["tee-pubkey"]}
         message: dict[str, Any] = {
             "init-data": {"format": "toml", "body": "algorithm = 'sha384'"},
             "runtime-data": runtime,
@@ -80,12 +82,13 @@ class TheirClient(Handshake):
         return self.judge.parsed("attestation", encoded(message))
 
 
-def test_their_client_talks_to_our_broker(judge: Judge, broker: Served) -> None:
-    client = TheirClient(broker.url, broker.ca, judge=judge)
+@pytest.mark.parametrize("curve", CURVES)
+def test_their_client_talks_to_our_broker(judge: Judge, broker: Served, curve: str) -> None:
+    client = TheirClient(broker.url, broker.ca, judge=judge, curve=curve)
     answer = client.attested().resource()
     assert answer.status == 200
     key = json.loads((broker.directory.parent / "kek.jwk").read_text())["k"]
-    assert judge.open(answer.document, client.private) == b64url_decode(key, "k")
+    assert judge.open(answer.document, client.pair) == b64url_decode(key, "k")
     # Refusals are of their type, too.
     missing = client.resource("default/key/none")
     assert missing.status in (401, 404)
@@ -100,20 +103,22 @@ def test_responses_in_both_directions(judge: Judge) -> None:
     for content in (b"", b"x", bytes(100_000)):
         theirs = json.loads(judge.seal(content, jwe.public_members(key.public)))
         assert bytes(jwe.decrypt(theirs, key)) == content
-        pair = json.loads(judge.run("keygen"))
-        ours = jwe.encrypt(content, jwe.parse_public(pair["tee-pubkey"]))
-        assert judge.open(ours, pair["private"]) == content
+        for curve in CURVES:
+            pair = judge.keygen(curve)
+            ours = jwe.encrypt(content, jwe.parse_public(pair["tee-pubkey"]))
+            assert judge.open(ours, pair) == content
 
 
-def test_what_the_judge_refuses(judge: Judge) -> None:
-    pair = json.loads(judge.run("keygen"))
+@pytest.mark.parametrize("curve", CURVES)
+def test_what_the_judge_refuses(judge: Judge, curve: str) -> None:
+    pair = judge.keygen(curve)
     ours: dict[str, str] = jwe.encrypt(b"content", jwe.parse_public(pair["tee-pubkey"]))
 
-    def refused(response: dict[str, str], private: str = pair["private"]) -> bool:
-        return judge.refuses("open", encoded({"private": private, "response": response}))
+    def refused(response: dict[str, str], own: dict[str, Any] = pair) -> bool:
+        return judge.refuses("open", encoded(own | {"response": response}))
 
     assert not refused(ours)
-    assert refused(ours, json.loads(judge.run("keygen"))["private"])
+    assert refused(ours, judge.keygen(curve))
     for member in ("encrypted_key", "iv", "ciphertext", "tag"):
         changed = bytearray(b64url_decode(ours[member], member))
         changed[0] ^= 1

@@ -57,8 +57,12 @@ class Judge:
     def seal(self, content: bytes, key: object) -> bytes:
         return self.run("seal", encoded({"tee-pubkey": key, "content": base64.b64encode(content).decode()}))
 
-    def open(self, response: object, private: str) -> bytes:
-        return self.run("open", encoded({"private": private, "response": response}))
+    def keygen(self, curve: str = "P-256") -> dict[str, Any]:
+        """A client's key pair: `crv`, `private`, and `tee-pubkey` for its messages."""
+        return self.parsed("keygen", encoded({"crv": curve}))
+
+    def open(self, response: object, pair: dict[str, Any]) -> bytes:
+        return self.run("open", encoded(pair | {"response": response}))
 
     def _run(self, word: str, content: bytes) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run([self.path, word], input=content, capture_output=True, timeout=60, check=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 
 import pytest
 from jwcrypto import jwe as peer_jwe
@@ -26,10 +27,14 @@ def session(kind: str) -> PrivateKey:
     return key
 
 
+def parsed(key: PrivateKey) -> jwe.SessionKey:
+    return jwe.parse_public(jwe.public_members(key.public))
+
+
 @pytest.mark.parametrize("kind", ["p256", "p384", "rsa3072"])
 def test_another_implementation_decrypts_what_we_encrypt(kind: str) -> None:
     key = session(kind)
-    document = jwe.encrypt(b"resource", jwe.parse_public(jwe.public_members(key.public)))
+    document = jwe.encrypt(b"resource", parsed(key))
     token = peer_jwe.JWE()
     token.deserialize(json.dumps(document), peer_jwk.JWK(**private_jwk(key)))
     assert token.payload == b"resource"
@@ -37,7 +42,7 @@ def test_another_implementation_decrypts_what_we_encrypt(kind: str) -> None:
 
 
 def test_another_session_opens_nothing() -> None:
-    document = jwe.encrypt(b"resource", session("p256").public)
+    document = jwe.encrypt(b"resource", parsed(session("p256")))
     with pytest.raises(IntegrityError, match="not for this session"):
         jwe.decrypt(document, session("p256"))
 
@@ -46,6 +51,59 @@ def test_a_private_key_is_no_session_key() -> None:
     members = private_jwk(session("p256")) | {"alg": "ECDH-ES+A256KW"}
     members.pop("kid")
     with pytest.raises(FormatError, match="members"):
+        jwe.parse_public(members)
+
+
+def p521() -> tuple[peer_jwk.JWK, dict[str, str]]:
+    """A session key of another implementation's, and its public half as clients send it."""
+    key = peer_jwk.JWK.generate(kty="EC", crv="P-521")
+    return key, {name: str(key.export_public(as_dict=True)[name]) for name in ("kty", "crv", "x", "y")} | {
+        "alg": "ECDH-ES+A256KW"
+    }
+
+
+def test_session_keys_on_p521() -> None:
+    for _ in range(8):
+        key, members = p521()
+        document = jwe.encrypt(b"resource", jwe.parse_public(members))
+        token = peer_jwe.JWE()
+        token.deserialize(json.dumps(document), key)
+        assert token.payload == b"resource"
+        header = json.loads(base64.urlsafe_b64decode(document["protected"] + "=="))
+        # Coordinates always have their 66 bytes (RFC 7518, section 6.2.1.2), and the wrapped key its 40.
+        assert set(header) == {"alg", "enc", "epk"}
+        assert (header["alg"], header["enc"], header["epk"]["crv"]) == ("ECDH-ES+A256KW", "A256GCM", "P-521")
+        assert [len(base64.urlsafe_b64decode(header["epk"][name])) for name in "xy"] == [66, 66]
+        assert len(base64.urlsafe_b64decode(document["encrypted_key"] + "==")) == 40
+
+
+def _shortened(members: dict[str, str]) -> str:
+    return base64.urlsafe_b64encode(base64.urlsafe_b64decode(members["x"])[1:]).decode().rstrip("=")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda members: {"x": members["y"]},
+        lambda members: {"x": _shortened(members)},
+        lambda members: {"x": ""},
+        lambda members: {"y": members["y"] + "="},
+        lambda members: {"kty": "OKP"},
+        lambda members: {"alg": "RSA-OAEP-256"},
+        lambda members: {"alg": "ECDH-ES"},
+        lambda members: {"d": members["x"]},
+        lambda members: {"kid": "mine"},
+        lambda members: {"crv": "P-256"},
+        lambda members: {"crv": "P-384"},
+        lambda members: {"crv": "secp521r1"},
+    ],
+)
+def test_malformed_session_keys_on_p521(change: Callable[[dict[str, str]], dict[str, str]]) -> None:
+    _, members = p521()
+    with pytest.raises(FormatError, match="tee-pubkey"):
+        jwe.parse_public(members | change(members))
+    del members["y"]
+    with pytest.raises(FormatError, match="tee-pubkey"):
         jwe.parse_public(members)
 
 
@@ -88,7 +146,7 @@ def test_what_it_allows() -> None:
 
 def test_the_protected_header_is_as_other_clients_write_it_anew() -> None:
     key = jwe.session_key()
-    made = jwe.encrypt(b"content", key.public)["protected"]
+    made = jwe.encrypt(b"content", parsed(key))["protected"]
     header = json.loads(base64.urlsafe_b64decode(made + "=" * (-len(made) % 4)))
     assert list(header) == ["alg", "enc", "epk"]
     assert list(header["epk"]) == sorted(header["epk"])
