@@ -29,6 +29,8 @@ from encfs.progress import Progress
 _LISTED = 64
 #: Bytes of a path that system calls take, with the NUL at its end.
 _PATH_MAX = 4096
+#: What chown(2) takes for "leave it as it is": no owner that a file can have.
+_UNCHANGED = (1 << 32) - 1
 _DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -324,7 +326,7 @@ class _Extraction:
         were meant for somebody else than the user who extracts.
         """
         mode = stat.S_IMODE(inode.mode)
-        kept = self._may(lambda: os.fchown(file, inode.uid, inode.gid))
+        kept = self._give_owner(inode, lambda: os.fchown(file, inode.uid, inode.gid))
         if not kept:
             mode &= ~(stat.S_ISUID | stat.S_ISGID)
         for name, value in self._reader.xattrs(inode).items():
@@ -337,7 +339,7 @@ class _Extraction:
 
     def _set_special_attributes(self, name: bytes, inode: Inode, directory: int) -> None:
         """The same for what cannot be opened: links, devices, pipes, sockets."""
-        self._may(lambda: os.chown(name, inode.uid, inode.gid, dir_fd=directory, follow_symlinks=False))
+        self._give_owner(inode, lambda: os.chown(name, inode.uid, inode.gid, dir_fd=directory, follow_symlinks=False))
         # os.setxattr knows no directory descriptors: the entry is reached through that of its directory.
         entry = b"/proc/self/fd/%d/%s" % (directory, name)
         for key, value in self._reader.xattrs(inode).items():
@@ -345,6 +347,12 @@ class _Extraction:
         if not stat.S_ISLNK(inode.mode):
             os.chmod(name, stat.S_IMODE(inode.mode), dir_fd=directory)
         os.utime(name, ns=(inode.mtime_ns, inode.mtime_ns), dir_fd=directory, follow_symlinks=False)
+
+    def _give_owner(self, inode: Inode, change: Callable[[], None]) -> bool:
+        if _UNCHANGED in (inode.uid, inode.gid):
+            self.skipped += 1
+            return False
+        return self._may(change)
 
     def _may(self, action: Callable[[], None]) -> bool:
         """Do what may be refused to an ordinary user; count it where it is."""

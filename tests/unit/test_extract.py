@@ -246,6 +246,21 @@ def test_an_ordinary_user_does_not_inherit_the_rights_of_others(tmp_path: Path, 
     assert result.skipped == 6
 
 
+def test_an_owner_that_means_none_to_chown_does_not_give_rights_to_who_extracts(tmp_path: Path) -> None:
+    """chown(2) takes 2^32-1 for "as it is": the setuid file would be one of the user who extracts."""
+    nobody, mine = (1 << 32) - 1, os.getuid()
+    items: list[Item] = [
+        (Entry(b"uid", stat.S_IFREG | 0o6755, uid=nobody, gid=os.getgid(), size=1), b"x"),
+        (Entry(b"gid", stat.S_IFREG | 0o6755, uid=mine, gid=nobody, size=1), b"x"),
+        (Entry(b"link", LINK, uid=nobody, gid=nobody, target=b"uid"), b""),
+    ]
+    volume, _ = make_volume(tmp_path, items)
+    result = extract(volume, tmp_path / "target")
+    for name in ("uid", "gid"):
+        assert stat.S_IMODE((tmp_path / "target" / name).stat().st_mode) == 0o755
+    assert result.skipped == 3 + (mine != 0)  # the root directory's owner
+
+
 @pytest.mark.root
 def test_an_ordinary_user_leaves_nothing_behind_on_failure(tmp_path: Path, place: Path) -> None:
     """Even where he has already made directories that he may not write to."""
