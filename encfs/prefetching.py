@@ -121,12 +121,23 @@ class Prefetch:
             return
         self._state = "running"
         self._pieces = self._all_pieces() if self._selection.mode == "all" else self._listed_pieces()
+        self._working = self._concurrency
         for number in range(self._concurrency):
             thread = threading.Thread(target=self._work, name=f"encfs-prefetch-{number + 1}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                self._go_on_with_fewer(str(error))
+                return
             self._threads.append(thread)
-        self._working = len(self._threads)
-        for thread in self._threads:
-            thread.start()
+
+    def _go_on_with_fewer(self, reason: str) -> None:
+        """The system's limit of threads is reached: the mount works without the background fetch."""
+        log.warning("prefetch: %s: going on with %d", reason, len(self._threads))
+        if not self._threads:
+            self._error = reason
+        for _ in range(self._concurrency - len(self._threads)):
+            self._end("done" if self._threads else "failed")
 
     def status(self) -> dict[str, object]:
         """How far it is, in bytes as they are stored. `bytes_total` grows while listed files are being looked up.

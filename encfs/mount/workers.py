@@ -14,6 +14,8 @@ from typing import Generic, TypeVar, cast
 
 import trio
 
+from encfs.errors import StorageError
+
 T = TypeVar("T")
 
 
@@ -38,12 +40,14 @@ class Workers:
         self._jobs: SimpleQueue[tuple[_Job[object], trio.lowlevel.TrioToken]] = SimpleQueue()
 
     async def run(self, function: Callable[..., T], *arguments: object) -> T:
-        """Call `function` in a thread; what it returns or raises. A cancelled call runs on, its outcome is dropped."""
+        """Call `function` in a thread; what it returns or raises. A cancelled call runs on, its outcome is dropped.
+
+        Raises: StorageError where the system gives not even one thread; with fewer than wanted, the call waits longer.
+        """
+        if self.busy >= self._threads < self._limit:
+            self._start_thread()
         job = _Job(function, arguments, trio.lowlevel.current_task())
         self.busy += 1
-        if self.busy > self._threads < self._limit:
-            self._threads += 1
-            threading.Thread(target=self._work, name=f"encfs-wait-{self._threads}", daemon=True).start()
         self._jobs.put((cast("_Job[object]", job), trio.lowlevel.current_trio_token()))
 
         def abandon(_: object) -> trio.lowlevel.Abort:
@@ -54,6 +58,15 @@ class Workers:
         if job.error is not None:
             raise job.error
         return cast("T", job.result)
+
+    def _start_thread(self) -> None:
+        try:
+            threading.Thread(target=self._work, name=f"encfs-wait-{self._threads + 1}", daemon=True).start()
+        except RuntimeError as error:
+            if not self._threads:
+                raise StorageError(str(error), hint="raise the limit of processes and threads") from None
+        else:
+            self._threads += 1
 
     def _work(self) -> None:
         while True:

@@ -130,24 +130,24 @@ class Lanes:
         return self.read_ahead and not getattr(self._here, "background", False)
 
     def submit(self, task: Callable[[], None]) -> bool:
-        """Have a thread do it, soon. False where there is too much to do already; never waits."""
+        """Have a thread do it, soon. False where there is too much to do already, or no thread; never waits."""
         with self._changed:
             if not self.read_ahead or self.closed or len(self._tasks) >= _MAX_QUEUED:
                 return False
+            if self._idle <= len(self._tasks) and self._threads < self._limit:
+                self._threads += _start(self._work, f"encfs-ahead-{self._threads + 1}")
+            if not self._threads:
+                return False
             self._tasks.append(task)
-            if self._idle < len(self._tasks) and self._threads < self._limit:
-                self._threads += 1
-                threading.Thread(target=self._work, name=f"encfs-ahead-{self._threads}", daemon=True).start()
             self._changed.notify_all()
         return True
 
     def spawn(self, task: Callable[[], None]) -> bool:
-        """Have a thread of its own do what takes long and is waited for. False where threads are not wanted yet."""
+        """Have a thread of its own do what takes long and is waited for. False where there is none, or not yet."""
         with self._changed:
             if not self.read_ahead or self.closed:
                 return False
-        threading.Thread(target=task, name="encfs-whole", daemon=True).start()
-        return True
+        return _start(task, "encfs-whole")
 
     def _work(self) -> None:
         while True:
@@ -178,3 +178,13 @@ class Lanes:
             self._changed.notify_all()
             while self._threads and (rest := deadline - monotonic()) > 0:
                 self._changed.wait(rest)
+
+
+def _start(function: Callable[[], None], name: str) -> bool:
+    """False where the system's limit of threads is reached: the reader then does without."""
+    try:
+        threading.Thread(target=function, name=name, daemon=True).start()
+    except RuntimeError as error:
+        log.debug("%s: %s", name, error)
+        return False
+    return True
