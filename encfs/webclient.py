@@ -11,7 +11,7 @@ import ssl
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
@@ -41,11 +41,14 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back: the status, the headers (by `get`, without regard to case), and the whole body."""
+    """What came back: the status, the headers (by `get`, without regard to case), and the whole body.
+
+    What key services answer with holds tokens and keys.
+    """
 
     status: int
-    headers: http.client.HTTPMessage
-    body: bytes
+    headers: http.client.HTTPMessage = field(repr=False)
+    body: bytes = field(repr=False)
 
 
 class Deadline:

@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlencode, urlsplit
 
@@ -68,7 +68,7 @@ class Purpose:
 class _Header:
     """An Authorization header and the time until which it is worth sending (monotonic seconds)."""
 
-    value: str
+    value: str = field(repr=False)
     until: float
 
 

@@ -170,7 +170,7 @@ def _ask_helper(name: str, address: str, path: str) -> Credential | None:
         )
     try:
         answer = json.loads(output)
-    except ValueError:
+    except (ValueError, RecursionError):
         answer = None
     if isinstance(answer, dict):
         username, secret = answer.get("Username"), answer.get("Secret")

@@ -12,7 +12,7 @@ import pytest
 
 from encfs.encoding import b64_encode
 from encfs.errors import AuthenticationError, NotFoundError, TransportError, UsageError
-from encfs.oci.authentication import parse_challenges
+from encfs.oci.authentication import _Header, parse_challenges
 from encfs.oci.credentials import Credential, find_credential
 from tests.support.registry import (
     PASSWORD,
@@ -170,6 +170,7 @@ def test_helpers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("exit 3", "status 3"),
         ("echo nonsense", "gave an answer that is none"),
         ("echo '[]'", "gave an answer that is none"),
+        ("head -c 60000 /dev/zero | tr '\\0' '['", "gave an answer that is none"),
         ("yes", "more than"),
         ("exec sleep 60", "within"),
         ("exec >&-; exec sleep 60", "does not end"),
@@ -205,6 +206,10 @@ def test_broken_files_are_named_and_their_secrets_are_not(document: str, message
         find_credential("r.io")
     assert "secret" not in str(caught.value)
     assert caught.value.__context__ is None or "secret" not in str(caught.value.__context__)
+
+
+def test_a_token_is_in_no_repr() -> None:
+    assert "secret" not in repr(_Header("Bearer secret", 1.0))
 
 
 # -- challenges

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import socket
 import threading
 import time
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from encfs.errors import TransportError, TransportTimeoutError
-from encfs.webclient import Address, Deadline, WebClient
+from encfs.webclient import Address, Answer, Deadline, WebClient
 
 
 @contextmanager
@@ -102,3 +103,9 @@ def test_no_thread_is_left_once_an_answer_is_there() -> None:
             for _ in range(2):
                 client.exchange("GET", "/")
                 assert not any(isinstance(thread, threading.Timer) for thread in threading.enumerate())
+
+
+def test_an_answer_is_in_no_repr() -> None:
+    headers = http.client.HTTPMessage()
+    headers["Set-Cookie"] = "session=secret"
+    assert "secret" not in repr(Answer(200, headers, b"secret"))
