@@ -38,7 +38,6 @@ class CachedSource:
         """No request is made yet. Raises: UsageError, StorageError where the cache directory cannot be used."""
         self.options = options or StoreOptions()
         self.reference = reference
-        self.cache = _open_cache(self.options)
         #: The registry itself.
         self.origin = Registry(reference, self.options)
         #: What was transferred, by mirrors as well.
@@ -51,6 +50,8 @@ class CachedSource:
 
             self._upstream = MirroredRegistry(self.origin)
         self.fetcher = Fetcher(self.options.concurrency, self.options.io_timeout, self.counters)
+        # Last: it has files open, and the others may refuse what they are told.
+        self.cache = _open_cache(self.options)
 
     def __str__(self) -> str:
         return str(self.origin)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -108,6 +109,14 @@ def test_malformed_mirrors_are_refused(text: str) -> None:
     assert "HOST[:PORT][/PREFIX]" in str(caught.value.hint)
     with pytest.raises(UsageError), source("registry.example", text):
         pass
+
+
+def test_a_source_that_is_refused_leaves_no_file_open(tmp_path: Path) -> None:
+    options = StoreOptions(mirrors=("b ad",), cache_dir=str(tmp_path / "cache"))
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(UsageError):
+        CachedSource(parse_reference("docker://registry.example/a:b"), options)
+    assert os.listdir("/proc/self/fd") == before
 
 
 # -- who is asked
