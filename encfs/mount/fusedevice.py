@@ -102,11 +102,13 @@ def _mount_as_user(mountpoint: str, options: MountOptions) -> int:
                 timeout=_FUSERMOUNT_TIMEOUT,
                 check=False,
             )
-        except (FileNotFoundError, subprocess.TimeoutExpired) as error:
+        except (OSError, subprocess.TimeoutExpired) as error:
             raise MountError(f"{mountpoint} cannot be mounted: fusermount3: {error}", hint="install fuse3") from None
         if done.returncode != 0:
             said = " ".join(done.stderr.split()).removeprefix("fusermount3: ")
             raise MountError(f"{mountpoint} cannot be mounted: {said}", hint="does this user own the mount point?")
+        # It was sent before fusermount3 ended. Without our copy of the other end, nothing is waited for.
+        theirs.close()
         _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
     for level, kind, content in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

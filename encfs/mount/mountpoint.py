@@ -70,7 +70,7 @@ class MountInfo:
 def parse_mountinfo(text: str) -> list[MountInfo]:
     """All mounts in the order in which they were made; lines that do not fit are left out."""
     mounts = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # a mount point's name may hold what else `splitlines` takes for an end
         before, separator, after = line.partition(" - ")
         fields, more = before.split(" "), after.split(" ")
         if not separator or len(fields) < 6 or len(more) < 2 or not fields[0].isdecimal():
@@ -258,6 +258,8 @@ def _unmount_as_user(mountpoint: str, *, lazy: bool) -> None:
         raise MountError(
             "fusermount3 is needed to unmount without root and is not installed", hint="install fuse3"
         ) from None
+    except OSError as error:
+        raise MountError(f"{mountpoint} cannot be unmounted: fusermount3: {error.strerror}") from None
     except subprocess.TimeoutExpired:
         raise MountError(f"{mountpoint} cannot be unmounted: fusermount3 does not answer") from None
     if done.returncode == 0:

@@ -75,9 +75,11 @@ class LayoutArchive(LayoutSource):
         self._check_size(descriptor)
         name = blob_name(descriptor.digest)
         start = self._tar.find(name).offset
-        return FileBlob(
-            self._files, lambda: os.dup(self._tar.file), descriptor.size, f"{self._tar.path}/{name}", start=start
-        )
+        return FileBlob(self._files, self._duplicate, descriptor.size, f"{self._tar.path}/{name}", start=start)
+
+    def _duplicate(self) -> int:
+        with storage_errors(self._tar.path):
+            return os.dup(self._tar.file)
 
     def close(self) -> None:
         """Harmless when called again."""

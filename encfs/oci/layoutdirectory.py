@@ -74,11 +74,16 @@ def lock(file: int, kind: int, path: Path, seconds: float = LOCK_SECONDS) -> Non
 
 
 def open_layout(path: Path) -> int:
-    """A descriptor of the directory. Raises: NotFoundError, FormatError, UnsupportedError where it is no layout."""
+    """A descriptor of the directory.
+
+    Raises: NotFoundError, FormatError, UnsupportedError where it is no layout; StorageError where it cannot be told.
+    """
     try:
         root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise NotFoundError(f"{path}: {error.strerror}", hint="give the directory of an OCI layout") from None
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}") from None
     try:
         _check_marker(root, path)
     except BaseException:

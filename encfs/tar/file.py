@@ -62,7 +62,7 @@ class TarFile:
     def _check_file(self) -> None:
         if not stat.S_ISREG(os.fstat(self.file).st_mode):
             raise UsageError(f"{self.path} is no regular file", hint="an unpacked image layout is written oci:PATH")
-        head = os.pread(self.file, 8, 0)
+        head = self._pread(8, 0)
         for magic, name in _COMPRESSED.items():
             if head.startswith(magic):
                 raise UnsupportedError(
@@ -71,7 +71,7 @@ class TarFile:
                 )
 
     def _index(self) -> Iterator[tuple[str, Place]]:
-        source = _FileInput(self.file)
+        source = _FileInput(self.file, self.path)
         for count, member in enumerate(TarReader(source, lambda _data: None, source.skip)):
             if count == _MAX_MEMBERS:
                 raise SourceError(f"it holds more than {_MAX_MEMBERS} files, which no saved image does")
@@ -82,6 +82,12 @@ class TarFile:
                 target = os.fsdecode(member.link_name)
                 below = str(PurePosixPath(name).parent / target) if member.kind else target
                 yield name, Place(0, 0, _normal(below))
+
+    def _pread(self, size: int, offset: int) -> bytes:
+        try:
+            return os.pread(self.file, size, offset)
+        except OSError as error:
+            raise StorageError(f"{self.path}: {error.strerror}") from None
 
     def find(self, name: str) -> Place:
         """Where a member's contents are, behind links. Raises: FormatError where there are none."""
@@ -109,10 +115,7 @@ class TarFile:
 
     def read(self, place: Place, offset: int, size: int) -> bytes:
         """`size` bytes from `offset` of a member on. Raises: StorageError; SourceError where the file is cut short."""
-        try:
-            data = os.pread(self.file, size, place.offset + offset)
-        except OSError as error:
-            raise StorageError(f"{self.path}: {error.strerror}") from None
+        data = self._pread(size, place.offset + offset)
         if len(data) != size:
             raise SourceError(f"{self.path} is cut short", hint="save the image again")
         return data
@@ -127,12 +130,16 @@ class TarFile:
 class _FileInput:
     """An archive file from its start (`encfs.tar.reader.Input`)."""
 
-    def __init__(self, file: int) -> None:
+    def __init__(self, file: int, path: str) -> None:
         self._file = file
+        self._path = path
         self.position = 0
 
     def readinto(self, buffer: memoryview, /) -> int:
-        count = os.preadv(self._file, [buffer], self.position)
+        try:
+            count = os.preadv(self._file, [buffer], self.position)
+        except OSError as error:
+            raise StorageError(f"{self._path}: {error.strerror}") from None
         self.position += count
         return count
 

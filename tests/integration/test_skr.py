@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from encfs.attestation.collect.sources import Machine
@@ -129,6 +129,9 @@ def test_what_is_refused(place: Place) -> None:
 
     place.azure.keys["long"] = ("oct", bytes(64))
     refused(KeyFileError, "is 64 bytes", "long")
+    odd = ec.generate_private_key(ec.BrainpoolP256R1())
+    place.azure.keys["odd"] = ("EC", odd.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()))
+    refused(KeyFileError, "^skr:odd is on the curve brainpoolP256r1", "odd")
     refused(KeyProviderError, "status 404: A key with this name", "none")
     place.azure.host_data = bytes(32)
     refused(KeyRefusedError, "Azure Key Vault refuses with status 403: the release policy is not met")
@@ -153,6 +156,12 @@ def test_a_report_over_other_data_is_refused_by_maa(place: Place) -> None:
     machine = replace(place.machine, ioctl=lying)
     with pytest.raises(KeyRefusedError, match="Microsoft Azure Attestation refuses with status 400: the runtime data"):
         opened(SkrProvider(f"chat{place.direct}", machine=machine))
+
+
+@pytest.mark.parametrize(("file", "message"), [("/dev/zero", "holds no access token"), ("none", "cannot be read")])
+def test_a_token_file_that_holds_none(place: Place, file: str, message: str) -> None:
+    with pytest.raises(KeyFileError, match=message):
+        opened(SkrProvider(f"chat{place.direct}&token-file={file}", machine=place.machine))
 
 
 def _payload(document: dict[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from encfs.errors import (
 from encfs.oci.blobs import MAX_MANIFEST_SIZE, Descriptor
 from encfs.oci.files import RESUMABLE_DAYS, TEMPORARY_PREFIX, FilePool, PooledFile
 from encfs.oci.layout import Layout
-from tests.support.nobody import NOBODY
+from tests.support.nobody import NOBODY, as_nobody
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
@@ -381,6 +381,14 @@ def test_creating(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "cut", create=True)
     assert layout.tags() == ["x"]
     layout.close()
+
+
+@pytest.mark.root
+def test_a_layout_that_may_not_be_entered_is_not_one_that_is_missing(path: Path) -> None:
+    make_empty(path)
+    path.chmod(0o700)
+    with as_nobody(), pytest.raises(StorageError, match="Permission denied"):
+        Layout(path)
 
 
 # -- copies that go on where they stopped

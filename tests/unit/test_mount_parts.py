@@ -13,12 +13,13 @@ from pathlib import Path
 import pyfuse3
 import pytest
 
-from encfs.errors import FormatError, IntegrityError, StorageError
+from encfs.errors import FormatError, IntegrityError, MountError, StorageError
 from encfs.mount import MountOptions, polling
 from encfs.mount.failures import FailureLog
+from encfs.mount.fusedevice import _mount_as_user
 from encfs.mount.keeper import Keeper
 from encfs.mount.logs import logging_to
-from encfs.mount.mountpoint import absolute, parse_mountinfo
+from encfs.mount.mountpoint import _unmount_as_user, absolute, parse_mountinfo
 from encfs.mount.runtime import ENVIRONMENT_VARIABLE, existing_runtime_directory, runtime_directory
 from tests.support.mounts import wait_for_end
 
@@ -31,9 +32,16 @@ def test_mountinfo_with_escapes_and_optional_fields() -> None:
         "37 35 0:39 / /mnt/a\\040b\\011c\\012d\\134e\\043f ro,nosuid - fuse.encfs encfs rw,user_id=0\n"
         "38 35 0:40 / /mnt/größe\udcff ro - fuse.encfs encfs rw\n"
         "39 35 0:41 / /mnt/- ro - tmpfs - rw\n"
+        "40 35 0:42 / /mnt/a\f\x1c\x85\u2028b\r ro - fuse.encfs encfs rw\n"
     )
     mounts = parse_mountinfo(text)
-    assert [mount.mountpoint for mount in mounts] == ["/mnt", "/mnt/a b\tc\nd\\e#f", "/mnt/größe\udcff", "/mnt/-"]
+    assert [mount.mountpoint for mount in mounts] == [
+        "/mnt",
+        "/mnt/a b\tc\nd\\e#f",
+        "/mnt/größe\udcff",
+        "/mnt/-",
+        "/mnt/a\f\x1c\x85\u2028b\r",
+    ]
     assert (mounts[0].filesystem_type, mounts[0].source, mounts[0].device) == ("ext4", "/dev/root", "98:0")
     assert (mounts[1].filesystem_type, mounts[1].source, mounts[1].options) == ("fuse.encfs", "encfs", "ro,nosuid")
     assert (mounts[3].filesystem_type, mounts[3].source) == ("tmpfs", "-")
@@ -44,6 +52,23 @@ def test_mountinfo_with_escapes_and_optional_fields() -> None:
 )
 def test_lines_that_do_not_fit_are_left_out(line: str) -> None:
     assert parse_mountinfo(line) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "mode", "message"),
+    [("#!/bin/sh\n", 0o755, "gave no descriptor"), ("#!/bin/sh\n", 0o644, "Permission denied"), ("x", 0o755, "format")],
+)
+def test_a_fusermount3_that_does_not_do_its_work(
+    script: str, mode: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fusermount3").write_text(script)
+    (tmp_path / "fusermount3").chmod(mode)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(MountError, match=message):
+        _mount_as_user("/nowhere", MountOptions())
+    if message != "gave no descriptor":
+        with pytest.raises(MountError, match=message):
+            _unmount_as_user("/nowhere", lazy=False)
 
 
 def test_absolute_follows_links_as_the_kernel_does(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import random
 import stat
 import subprocess
@@ -12,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from encfs.errors import SourceError
+from encfs.errors import SourceError, StorageError
+from encfs.tar.file import TarFile
 from encfs.tar.reader import Member, TarReader
 
 KINDS = {
@@ -267,3 +270,15 @@ def test_damaged_archives_are_read_or_refused_but_never_crash() -> None:
         except SourceError:
             refused += 1
     assert refused > 150
+
+
+@pytest.mark.parametrize("call", ["pread", "preadv"])
+def test_a_disk_that_fails_is_said(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with tarfile.open(tmp_path / "image.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("member"))
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(StorageError, match=r"image.tar: Input/output error"):
+        TarFile(str(tmp_path / "image.tar"), hint="")

@@ -19,7 +19,6 @@ import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from encfs.attestation.collect.sources import THIS_MACHINE, Machine
 from encfs.errors import FormatError, KeyFileError, KeyProviderError
@@ -170,7 +169,8 @@ def _address(text: str | None, option: str) -> Address:
 
 def _token(path: str) -> str:
     try:
-        token = Path(path).read_bytes()[: _MAX_TOKEN + 1].strip().decode("ascii")
+        with open(path, "rb") as file:
+            token = file.read(_MAX_TOKEN + 1).strip().decode("ascii")
     except OSError as error:
         raise KeyFileError(f"the access token {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -206,6 +206,9 @@ def _plain_key(kind: str, content: bytearray, what: str) -> PrivateKey | Symmetr
             raise KeyFileError(f"{what} is {len(content)} bytes; a key for artifacts has {KEK_SIZE}")
         return SymmetricKey(bytearray(content))
     try:
-        return decryption_key(private_key(load_der_private_key(content, None)), what)  # type: ignore[arg-type]
+        key = private_key(load_der_private_key(content, None))  # type: ignore[arg-type]
     except (ValueError, UnsupportedAlgorithm):
         raise KeyProviderError(f"{what} is no private key") from None
+    except KeyFileError as error:
+        raise KeyFileError(f"{what} {error.message}") from None
+    return decryption_key(key, what)
