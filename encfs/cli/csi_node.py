@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from encfs.console.commandline import value_option
 from encfs.console.terminal import Terminal
 from encfs.errors import UnsupportedError
 
@@ -22,6 +23,14 @@ def command(
     daemon_user: Annotated[
         int, typer.Option("--daemon-user", metavar="UID", min=0, help="The user that daemons in pods run as.")
     ] = 65534,
+    state: Annotated[
+        str | None,
+        value_option(
+            "--state-dir",
+            metavar="DIR",
+            help="Where volumes are written down for the next plugin; by default volumes, beside the endpoint.",
+        ),
+    ] = None,
     log_format: Annotated[
         Literal["text", "json"],
         typer.Option("--log-format", metavar="text|json", help="How it logs.", show_choices=False),
@@ -41,7 +50,8 @@ def command(
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     with logging_to(None, log_format):
-        server = start(Node(node_id, Path(kubelet), daemon_user), endpoint)
+        place = Path(state) if state is not None else Path(endpoint.removeprefix("unix:")).parent / "volumes"
+        server = start(Node(node_id, Path(kubelet), daemon_user, place), endpoint)
         terminal.result({"endpoint": endpoint}, [f"serving CSI at {endpoint}"])
         terminal.flush()
         signal.sigwait(signals)

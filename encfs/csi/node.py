@@ -19,9 +19,10 @@ from typing import Any
 import grpc
 
 from encfs.csi import csi_pb2 as csi
+from encfs.csi.records import Records, VolumeRecord
 from encfs.csi.volume import Volume
 from encfs.errors import EncfsError, MountError, UsageError
-from encfs.mount.mountpoint import is_dead, top_mount, unmount, unmount_for_all
+from encfs.mount.mountpoint import top_mount, unmount_stack
 from encfs.sidecar import check_attributes
 
 NAME = "encfs.csi"
@@ -43,12 +44,33 @@ log = logging.getLogger("encfs.csi")
 class Node:
     """The published volumes of this node. Thread-safe."""
 
-    def __init__(self, node_id: str, kubelet: Path, daemon_user: int) -> None:
+    def __init__(self, node_id: str, kubelet: Path, daemon_user: int, state: Path) -> None:
+        """`state` is where the volumes are written down, and those of a plugin before this one are found.
+
+        Raises: StorageError.
+        """
         self._node_id = node_id
         self._kubelet = kubelet
         self._user = daemon_user
         self._lock = threading.Lock()
+        self._records = Records(state)
         self._volumes: dict[str, Volume] = {}
+        for record in self._records.load():
+            self._restore(record)
+
+    def _restore(self, record: VolumeRecord) -> None:
+        """Go on with a volume of a plugin before this one; forget it where it is not mounted any more (a reboot)."""
+        try:
+            handover = self._handover(record)
+            mine = top_mount(record.target)
+            if mine is None or not mine.is_ours:
+                log.info("%s: published before, and not mounted any more: kubelet publishes it again", record.target)
+                self._records.remove(record.volume_id)
+            else:
+                self._volumes[record.volume_id] = Volume.restore(record, handover, self._user, self._records.save)
+                log.info("%s: published before, and taken up", record.target)
+        except (EncfsError, OSError) as error:
+            log.error("%s: cannot be taken up: %s", record.target, error)  # noqa: TRY400 - foreseen
 
     def handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
         """What to add to a gRPC server."""
@@ -72,37 +94,44 @@ class Node:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "volume id, target path and capability are needed")
         if capability.WhichOneof("access_type") == "block":
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, "there are no block volumes")
-        attributes = dict(request.volume_context)
-        if attributes.get(_EPHEMERAL) != "true" or not _NAME.fullmatch(attributes.get(_POD, "")):
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "only inline volumes of pods (podInfoOnMount) are served")
+        record = VolumeRecord(request.volume_id, os.path.abspath(request.target_path), dict(request.volume_context))
+        target = record.target
         try:
-            asked = check_attributes(attributes)
+            handover = self._handover(record)
         except UsageError as error:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        place = asked.get("socketVolume", "encfs")
-        if not _NAME.fullmatch(place):
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "socketVolume is no name of a volume")
-        target = os.path.abspath(request.target_path)
-        pod = self._kubelet / "pods" / attributes[_POD]
-        if not target.startswith(f"{pod}/"):
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{target} is not in the directory of the pod")
-        handover = pod / "volumes" / "kubernetes.io~empty-dir" / place / "encfs.sock"
         with self._lock:
-            found = self._volumes.get(request.volume_id)
-            if found is not None and (found.target, found.attributes) == (target, attributes):
-                return csi.NodePublishVolumeResponse()
-            if found is not None or any(one.target == target for one in self._volumes.values()):
+            found = self._volumes.get(record.volume_id)
+            if found is not None and (found.target, found.record.attributes) == (target, record.attributes):
+                if not found.has_ended:
+                    return csi.NodePublishVolumeResponse()
+                found.close()
+                del self._volumes[record.volume_id]
+            elif found is not None or any(one.target == target for one in self._volumes.values()):
                 context.abort(grpc.StatusCode.ALREADY_EXISTS, "the volume or its path is published differently")
             try:
-                if _is_served(target):
-                    log.info("%s: published by a plugin before this one, and served still", target)
-                    return csi.NodePublishVolumeResponse()
+                begin = Volume.restore if _is_left(target) else Volume.publish
                 os.makedirs(target, exist_ok=True)
-                self._volumes[request.volume_id] = Volume(target, handover, attributes, self._user)
+                self._records.save(record)
+                self._volumes[record.volume_id] = begin(record, handover, self._user, self._records.save)
             except (EncfsError, OSError) as error:
+                self._records.remove(record.volume_id)
                 context.abort(grpc.StatusCode.INTERNAL, str(error))
-        log.info("%s: published for pod %s", target, attributes[_POD])
+        log.info("%s: published for pod %s", target, record.attributes[_POD])
         return csi.NodePublishVolumeResponse()
+
+    def _handover(self, record: VolumeRecord) -> Path:
+        """Where the daemon of a volume fetches its descriptor. Raises: UsageError for what is no volume of a pod."""
+        attributes = record.attributes
+        if attributes.get(_EPHEMERAL) != "true" or not _NAME.fullmatch(attributes.get(_POD, "")):
+            raise UsageError("only inline volumes of pods (podInfoOnMount) are served")
+        place = check_attributes(attributes).get("socketVolume", "encfs")
+        if not _NAME.fullmatch(place):
+            raise UsageError("socketVolume is no name of a volume")
+        pod = self._kubelet / "pods" / attributes[_POD]
+        if not record.target.startswith(f"{pod}/"):
+            raise UsageError(f"{record.target} is not in the directory of the pod")
+        return pod / "volumes" / "kubernetes.io~empty-dir" / place / "encfs.sock"
 
     def _unpublish(self, request: Any, context: grpc.ServicerContext) -> Any:
         if not request.volume_id or not request.target_path:
@@ -110,16 +139,16 @@ class Node:
         target = os.path.abspath(request.target_path)
         with self._lock:
             volume = self._volumes.get(request.volume_id)
-            if volume is not None and volume.target == target:
-                del self._volumes[request.volume_id]
-                volume.close()
-            mine = top_mount(target)
-            if mine is not None and mine.is_ours:
-                # Of a plugin before this one.
-                try:
-                    unmount_for_all(target)
-                except EncfsError as error:
-                    context.abort(grpc.StatusCode.INTERNAL, str(error))
+            try:
+                if volume is not None and volume.target == target:
+                    volume.close()
+                    del self._volumes[request.volume_id]
+                    self._records.remove(request.volume_id)
+                else:
+                    # Of a plugin before this one that has left no record.
+                    unmount_stack(target)
+            except EncfsError as error:
+                context.abort(grpc.StatusCode.INTERNAL, str(error))
             try:
                 os.rmdir(target)
             except FileNotFoundError:
@@ -140,25 +169,20 @@ class Node:
             raise AssertionError  # abort has raised
         condition = volume.condition
         return csi.NodeGetVolumeStatsResponse(
-            usage=[csi.VolumeUsage(unit=csi.VolumeUsage.BYTES, total=volume.size, used=volume.size)],
+            usage=[csi.VolumeUsage(unit=csi.VolumeUsage.BYTES, total=volume.record.size, used=volume.record.size)],
             volume_condition=csi.VolumeCondition(abnormal=volume.is_abnormal, message=condition),
         )
 
 
-def _is_served(target: str) -> bool:
-    """Whether a volume of a plugin before this one is there, with the daemon that it was handed over to.
+def _is_left(target: str) -> bool:
+    """Whether a mount of a plugin before this one is there, of which it left no record.
 
-    A dead one is cleared away. Raises: MountError for what is somebody else's, and where that fails.
+    Raises: MountError for somebody else's.
     """
     mine = top_mount(target)
-    if mine is None:
-        return False
-    if not mine.is_ours:
+    if mine is not None and not mine.is_ours:
         raise MountError(f"something else is mounted at {target} already ({mine.filesystem_type})")
-    if not is_dead(target):
-        return True
-    unmount(target, lazy=True)
-    return False
+    return mine is not None
 
 
 def _service(name: str, methods: Mapping[str, Callable[[Any, grpc.ServicerContext], Any]]) -> grpc.GenericRpcHandler:

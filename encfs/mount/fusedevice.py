@@ -19,6 +19,7 @@ import stat
 import struct
 import subprocess
 import time
+from pathlib import Path
 
 from encfs.errors import MountError
 from encfs.mount.mountpoint import FUSE_TYPE
@@ -27,6 +28,8 @@ from encfs.mount.options import MOUNT_SOURCE, MountOptions
 _DEVICE = "/dev/fuse"
 #: The device's number: misc, 229 (Documentation/admin-guide/devices.txt).
 _NUMBER = os.makedev(10, 229)
+#: The minor number in the kernel's own dev_t (MINORBITS of linux/kdev_t.h).
+_MINOR = (1 << 20) - 1
 #: Bytes that a first request fits in; the kernel refuses smaller reads (FUSE_MIN_READ_BUFFER).
 _ROOM = 64 << 10
 #: struct fuse_in_header: len, opcode, unique, nodeid, uid, gid, pid, total_extlen, padding.
@@ -193,6 +196,18 @@ def check_connected(descriptor: int) -> None:
         raise MountError(
             "the FUSE descriptor that was handed over is mounted nowhere", hint="it never was, or is unmounted already"
         )
+
+
+def connection_number(descriptor: int) -> int | None:
+    """The minor device number of what a descriptor of /dev/fuse is mounted as; None where the kernel does not tell.
+
+    Linux 6.11 and newer do (`fuse_connection` in /proc/self/fdinfo).
+    """
+    for line in Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "fuse_connection" and value.strip().isdecimal():
+            return int(value) & _MINOR
+    return None
 
 
 def can_resend(init: bytes) -> bool:

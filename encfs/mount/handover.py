@@ -9,6 +9,11 @@ The two talk over a unix socket, one JSON object a line; the descriptor comes wi
            → {"event": "failed", "error": type, "message": "…", "hint": "…"}
     giver  → requests of `protocol`, answered like those at a control socket
 
+A giver that is restarted has lost its descriptor. Where it asked for that ("bring_back"), the daemon comes to its
+socket again, and gives what it got, with the descriptor (`returning`):
+
+    daemon → {"event": "returned", "init_request", "init_reply": base64, "content_digest", "manifest_digest"}
+
 Nothing that comes this way is trusted with anything but the mount itself. Not here: who gives (`keeper`), the FUSE
 session (`negotiation`).
 """
@@ -50,7 +55,8 @@ class Handover:
 
     `mountpoint` is where the giver says it is mounted; `content_digest` what a predecessor served, which must be served
     on, and `manifest_digest` the manifest that it was opened by; `attributes` what a volume was asked for with;
-    `relayed`: the giver answers for the daemon at a control socket;
+    `relayed`: the giver answers for the daemon at a control socket; `home` is the socket to bring the connection back
+    to when the giver has been restarted, empty where it does not ask for that;
     `restarts` and `reason`: how many daemons there were before, and what became of the last.
     """
 
@@ -60,6 +66,7 @@ class Handover:
     manifest_digest: str = ""
     attributes: Mapping[str, str] = field(default_factory=dict)
     relayed: bool = False
+    home: str = ""
     supervisor: int = 0
     restarts: int = 0
     reason: str = ""
@@ -103,7 +110,8 @@ def receive(where: str, timeout: float = HANDOVER_TIMEOUT) -> Handover:
     """
     deadline = time.monotonic() + timeout
     if where.startswith(_UNIX) and len(where) > len(_UNIX):
-        return _receive_from(_connect(where.removeprefix(_UNIX), deadline), deadline)
+        path = where.removeprefix(_UNIX)
+        return _receive_from(_connect(path, deadline), deadline, path)
     if not where.isascii() or not where.isdecimal() or len(where) > 7:
         raise UsageError(f"--fuse-fd {where!r} is neither a descriptor nor a socket", hint="write N or unix:SOCKET")
     number = int(where)
@@ -133,13 +141,13 @@ def _connect(path: str, deadline: float) -> socket.socket:
             return connection
 
 
-def _receive_from(channel: socket.socket, deadline: float) -> Handover:
+def _receive_from(channel: socket.socket, deadline: float, path: str = "") -> Handover:
     descriptors: list[int] = []
     try:
-        _check_peer(channel)
-        document = _first_message(channel, deadline, descriptors)
+        check_giver(channel)
+        document = receive_message(channel, deadline, descriptors)
         _check_descriptors(document, descriptors)
-        handover = parse(document, descriptors[0], max(1.0, deadline - time.monotonic()), channel)
+        handover = parse(document, descriptors[0], max(1.0, deadline - time.monotonic()), channel, path)
     except BaseException:
         for descriptor in descriptors:
             os.close(descriptor)
@@ -149,7 +157,8 @@ def _receive_from(channel: socket.socket, deadline: float) -> Handover:
     return handover
 
 
-def _check_peer(channel: socket.socket) -> None:
+def check_giver(channel: socket.socket) -> None:
+    """Raises MountError unless root or this process's own user is at the other end."""
     _, user = peer(channel)
     if user not in {0, os.geteuid()}:
         raise MountError(
@@ -166,11 +175,16 @@ def _check_descriptors(document: Mapping[str, object], descriptors: list[int]) -
     check_descriptor(descriptors[0], "what was handed over")
 
 
-def _first_message(channel: socket.socket, deadline: float, descriptors: list[int]) -> Mapping[str, object]:
+def receive_message(channel: socket.socket, deadline: float, descriptors: list[int]) -> Mapping[str, object]:
+    """One line before `deadline` (monotonic seconds), and the descriptors that came with it, which are the caller's to
+    close in any case. Raises: MountError."""
     data = b""
     try:
         while b"\n" not in data and len(data) < MAX_MESSAGE:
-            channel.settimeout(max(0.01, deadline - time.monotonic()))
+            left = deadline - time.monotonic()
+            if left <= 0 and data:
+                raise TimeoutError  # noqa: TRY301 - as the socket does where nothing comes
+            channel.settimeout(max(0.01, left))
             piece, ancillary, _, _ = channel.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(64), socket.MSG_CMSG_CLOEXEC)
             for level, kind, content in ancillary:
                 if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -188,8 +202,10 @@ def _first_message(channel: socket.socket, deadline: float, descriptors: list[in
     return document
 
 
-def parse(document: Mapping[str, object], descriptor: int, timeout: float, channel: socket.socket | None) -> Handover:
-    """A giver's first message. Raises: MountError."""
+def parse(
+    document: Mapping[str, object], descriptor: int, timeout: float, channel: socket.socket | None, path: str = ""
+) -> Handover:
+    """A giver's first message, which came by the socket at `path`. Raises: MountError."""
     mountpoint, reason = _text(document, "mountpoint"), _text(document, "reason")
     attributes = document.get("attributes", {})
     if (
@@ -201,7 +217,7 @@ def parse(document: Mapping[str, object], descriptor: int, timeout: float, chann
     # It goes to logs and to system calls.
     if mountpoint and (not mountpoint.startswith("/") or not mountpoint.isprintable()):
         raise MountError(f"the handover's mountpoint {show_name(mountpoint)} is no absolute path")
-    request, reply = _octets(document, "init_request"), _octets(document, "init_reply")
+    request, reply = octets(document, "init_request"), octets(document, "init_reply")
     if request:
         check_init(request)
         check_connected(descriptor)
@@ -214,6 +230,7 @@ def parse(document: Mapping[str, object], descriptor: int, timeout: float, chann
         manifest_digest=_digest(document, "manifest_digest"),
         attributes=attributes,
         relayed=document.get("relayed") is True,
+        home=path if document.get("bring_back") is True else "",
         supervisor=_number(document, "supervisor"),
         restarts=_number(document, "restarts"),
         reason=one_line(reason),
@@ -245,7 +262,8 @@ def _digest(document: Mapping[str, object], name: str) -> str:
     return value
 
 
-def _octets(document: Mapping[str, object], name: str) -> bytes | None:
+def octets(document: Mapping[str, object], name: str) -> bytes | None:
+    """A member in base64; None where there is none. Raises: MountError."""
     value = document.get(name)
     try:
         return None if value is None else b64_decode(value, f"the handover's {name}")

@@ -15,7 +15,17 @@ from dataclasses import dataclass, field
 
 from encfs.encoding import b64_decode, b64_encode, parse_digest
 from encfs.errors import FormatError, MountError
-from encfs.mount.fusedevice import can_resend, check_accepted, clone, read_init
+from encfs.mount.fusedevice import (
+    can_resend,
+    check_accepted,
+    check_connected,
+    check_descriptor,
+    check_init,
+    clone,
+    read_init,
+    refuse_requests,
+)
+from encfs.mount.handover import octets
 
 #: Seconds for the kernel to begin, once something is mounted.
 _INIT_TIMEOUT = 10.0
@@ -34,13 +44,44 @@ class Keeper:
     manifest_digest: str = ""
     restarts: int = 0
     reason: str = ""
+    #: To answer in nobody's place. A daemon shares `descriptor`, and could make that one block; not this one.
+    _own: int = -1
 
     @classmethod
     def begin(cls, descriptor: int, mountpoint: str, attributes: Mapping[str, str] | None = None) -> Keeper:
-        """For a descriptor that was just mounted. Raises: MountError."""
-        return cls(descriptor, mountpoint, read_init(descriptor, _INIT_TIMEOUT), attributes or {})
+        """For a descriptor that was just mounted, and is owned from now on. Raises: MountError."""
+        try:
+            return cls(descriptor, mountpoint, read_init(descriptor, _INIT_TIMEOUT), attributes or {})
+        except BaseException:
+            os.close(descriptor)
+            raise
 
-    def hand_over(self, channel: socket.socket, *, relayed: bool = False) -> None:
+    @classmethod
+    def take_back(
+        cls, message: Mapping[str, object], descriptor: int, mountpoint: str, attributes: Mapping[str, str]
+    ) -> Keeper:
+        """From the daemon that an earlier keeper handed the connection to. `descriptor` is owned from now on.
+
+        Raises: MountError for what no daemon of ours brings back.
+        """
+        try:
+            check_descriptor(descriptor, "what was brought back")
+            check_connected(descriptor)
+            request, reply = octets(message, "init_request") or b"", octets(message, "init_reply") or b""
+            check_init(request)
+            check_accepted(reply)
+            if not can_resend(request):
+                # Closed with the last daemon that has it: see `hand_over`.
+                shared, descriptor = descriptor, clone(descriptor)
+                os.close(shared)
+            keeper = cls(descriptor, mountpoint, request, attributes, reply)
+            keeper._note_served(message)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return keeper
+
+    def hand_over(self, channel: socket.socket, *, relayed: bool = False, bring_back: bool = False) -> None:
         """Give the connection to the daemon at the other end. Raises: MountError, OSError."""
         document = {
             "encfs": 1,
@@ -51,6 +92,7 @@ class Keeper:
             "manifest_digest": self.manifest_digest,
             "attributes": dict(self.attributes),
             "relayed": relayed,
+            "bring_back": bring_back,
             "supervisor": os.getpid() if relayed else 0,
             "restarts": self.restarts,
             "reason": self.reason,
@@ -104,8 +146,17 @@ class Keeper:
             raise MountError("the daemon says to serve what is no digest") from None
         self.content_digest, self.manifest_digest = str(content), str(manifest)
 
+    def refuse_requests(self) -> bool:
+        """Answer what is waiting with EIO, in nobody's place. False where the connection has ended."""
+        if self._own < 0:
+            try:
+                self._own = clone(self.descriptor)
+            except MountError:
+                return False
+        return refuse_requests(self._own)
+
     def close(self) -> None:
         """End the connection: every request that waits fails."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        for descriptor in {self.descriptor, self._own} - {-1}:
+            os.close(descriptor)
+        self.descriptor = self._own = -1

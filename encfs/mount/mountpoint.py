@@ -228,6 +228,18 @@ def unmount_for_all(mountpoint: str) -> None:
     _unmount_as_root(mountpoint, _MNT_DETACH | _MNT_FORCE)
 
 
+def unmount_stack(mountpoint: str) -> None:
+    """All FUSE mounts of ours that lie upon one another there, as `unmount_for_all` does one. Root only.
+
+    Raises: MountError.
+    """
+    for _ in current_mounts():
+        mine = top_mount(mountpoint)
+        if mine is None or not mine.is_ours:
+            return
+        unmount_for_all(mountpoint)
+
+
 def _unmount_as_root(mountpoint: str, how: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     flags = _UMOUNT_NOFOLLOW | how

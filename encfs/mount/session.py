@@ -5,7 +5,6 @@ Not here: requests (`filesystem`), the control protocol (`control`), foreground 
 
 from __future__ import annotations
 
-import base64
 import gc
 import logging
 import os
@@ -23,6 +22,7 @@ import pyfuse3
 import trio
 
 from encfs import tracing
+from encfs.encoding import b64_encode
 from encfs.errors import EncfsError, MountError
 from encfs.mount import control, health, polling
 from encfs.mount.assembly import Recipe, assemble_apart, attach_at, open_fuse
@@ -36,6 +36,7 @@ from encfs.mount.negotiation import Placeholder
 from encfs.mount.notify import notify, watchdog_interval
 from encfs.mount.options import MOUNT_SOURCE, MountOptions, MountStatus
 from encfs.mount.reading import ImageContents
+from encfs.mount.returning import Returning, bring_back
 from encfs.mount.runtime import listen, runtime_directory, socket_path
 from encfs.mount.tuning import raise_read_ahead
 
@@ -87,6 +88,8 @@ class Session:
         self._error: EncfsError | None = None
         self._unattached = -1
         self._ready = False
+        self._announced = trio.Event()
+        self._returning: Returning | None = None
         self._listener = health.listen_at(plan.options.listen) if plan.options.listen is not None else None
         handover = plan.handover
         self._base = MountStatus(
@@ -165,12 +168,15 @@ class Session:
             pyfuse3.close(unmount=False)
             raise
         # From here on requests are answered, and the kernel keeps what it gets: a successor must serve the same.
-        handover.tell(
-            "negotiated",
-            init_reply=base64.b64encode(reply).decode(),
-            content_digest=self._plan.content_digest,
-            manifest_digest=self._plan.manifest_digest,
-        )
+        served = {
+            "init_reply": b64_encode(reply),
+            "content_digest": self._plan.content_digest,
+            "manifest_digest": self._plan.manifest_digest,
+        }
+        handover.tell("negotiated", **served)
+        if handover.home:
+            request = b64_encode(handover.connection.init_request)
+            self._returning = Returning(handover.home, placeholder.descriptor, {"init_request": request, **served})
 
     def _note_device(self) -> None:
         mine = top_mount(self._plan.mountpoint)
@@ -208,10 +214,13 @@ class Session:
     async def _answer_giver(self, channel: socket.socket) -> None:
         """Answer whoever handed the mount over. Where that one goes, the mount goes on, and is asked for here."""
         await control.serve_channel(channel, self._describe, self.stop)
-        log.info("%s: whoever handed the mount over is gone", self._plan.mountpoint)
+        log.warning("%s: whoever handed the mount over is gone", self._plan.mountpoint)
         if self._plan.handover is not None and self._plan.handover.relayed:
             server = listen(socket_path(runtime_directory(), self._plan.mountpoint))
             await control.serve(server, self._describe, self.stop)
+        elif self._returning is not None:
+            await self._announced.wait()
+            await bring_back(self._returning, lambda channel: control.serve_channel(channel, self._describe, self.stop))
 
     async def _show_life(self, interval: float) -> None:
         while True:
@@ -295,6 +304,7 @@ class Session:
             log.info("audit: %s", said, extra={"audit": dict(self._plan.audit)})
         self._plan.companion.start()
         self._ready = True
+        self._announced.set()
         notify(f"READY=1\nSTATUS=serving {self._plan.mountpoint}")
         self._on_ready(self.status())
 

@@ -25,7 +25,7 @@ from encfs.errors import EncfsError, MountError
 from encfs.mount.background import Report, run_in_background
 from encfs.mount.client import clear_leftovers, is_abandoned
 from encfs.mount.daemon import READY_TIMEOUT
-from encfs.mount.fusedevice import open_mounted, refuse_requests
+from encfs.mount.fusedevice import open_mounted
 from encfs.mount.keeper import Keeper
 from encfs.mount.kernel import closing
 from encfs.mount.logs import logging_to
@@ -94,22 +94,28 @@ class Supervisor:
         try:
             mine = top_mount(self._place)
             self._device = mine.device if mine is not None else ""
-            self._keeper = Keeper.begin(descriptor, self._place)
-            self._server = listen(socket_path(directory, self._place))
-            self._wake, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            signal.set_wakeup_fd(writing)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                signal.signal(number, self._obey)
-            self._start()
-            self._loop(on_ready)
+            with ExitStack() as stack:
+                self._keeper = Keeper.begin(descriptor, self._place)
+                stack.callback(self._keeper.close)
+                self._serve(directory, on_ready)
         finally:
-            self._end_daemon()
-            os.close(descriptor)
             mine = top_mount(self._place)
             if mine is not None and mine.is_ours and mine.device == self._device:
                 with suppress(EncfsError):
                     unmount(self._place, lazy=True)
             remove_own_files(directory, self._place)
+
+    def _serve(self, directory: Path, on_ready: Callable[[MountStatus], None]) -> None:
+        self._server = listen(socket_path(directory, self._place))
+        self._wake, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(writing)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._obey)
+        try:
+            self._start()
+            self._loop(on_ready)
+        finally:
+            self._end_daemon()
 
     def _obey(self, number: int, _: object) -> None:
         if number == signal.SIGHUP:
@@ -142,7 +148,7 @@ class Supervisor:
                 self._lose(daemon)
             if self._daemon is None and time.monotonic() >= self._next_start:
                 self._start_again()
-            if self._refusing and not refuse_requests(self._keeper.descriptor):
+            if self._refusing and not self._keeper.refuse_requests():
                 return
 
     @property

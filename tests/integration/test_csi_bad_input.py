@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -26,11 +25,11 @@ from encfs.encoding import b64_encode
 from encfs.mount.runtime import short_path
 from encfs.oci.layout import Layout
 from tests.support.artifacts import ARTIFACT_ID
-from tests.support.cluster import LyingNode, Node, Pod, artifacts, give_to_nobody, node, pod
+from tests.support.cluster import LyingNode, Node, Pod, artifacts, give_to_nobody, liar, node, pod, wait_until
 from tests.support.image_artifacts import directory, encrypt_image, file, image_config, whiteout
 from tests.support.mounts import is_mounted
 
-__all__ = ["artifacts", "node", "pod"]
+__all__ = ["artifacts", "liar", "node", "pod"]
 
 pytestmark = [pytest.mark.fuse, pytest.mark.root]
 
@@ -47,20 +46,6 @@ try:
 except OSError as error:
     print(errno.errorcode[error.errno])
 """
-
-
-@pytest.fixture
-def liar(pod: Pod) -> Iterator[LyingNode]:
-    liar = LyingNode(pod)
-    yield liar
-    liar.end()
-
-
-def wait_until(condition: Any, seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 # What kubelet and pods do
@@ -125,28 +110,6 @@ def test_a_pod_has_its_own_paths_only(node: Node, pod: Pod) -> None:
     assert not is_mounted(neighbour.target)
     assert node.condition(pod) == (False, "waiting for a daemon")
     node.unpublish(pod)
-
-
-def test_the_plugin_dies_and_comes_back(node: Node, pod: Pod) -> None:
-    """What it handed over serves on; what nobody served is dead, and made anew when kubelet asks again."""
-    waiting = Pod(node.directory, pod.artifacts)
-    for one in (pod, waiting):
-        node.publish(one, reference=pod.artifacts.reference())
-    sidecar, _ = pod.serve()
-    node.end(kill=True)
-    assert pod.read() == pod.artifacts.content
-    node.start()
-    for one in (pod, waiting):
-        node.publish(one, reference=pod.artifacts.reference())
-    assert "served still" in node.log.read_text()
-    assert pod.read() == pod.artifacts.content
-    waiting.serve()
-    assert waiting.read() == pod.artifacts.content
-    for one in (pod, waiting):
-        node.unpublish(one)
-        assert not one.target.exists()
-    assert sidecar.wait(20) == 0
-    waiting.end()
 
 
 def test_a_daemon_that_lies_to_the_plugin(node: Node, pod: Pod) -> None:

@@ -14,8 +14,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -290,6 +291,13 @@ class LyingNode:
         return document | more
 
 
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 # Fixtures of the modules that import them
 
 
@@ -311,3 +319,10 @@ def pod(node: Node, artifacts: Artifacts) -> Iterator[Pod]:
     pod = Pod(node.directory, artifacts)
     yield pod
     pod.end()
+
+
+@pytest.fixture
+def liar(pod: Pod) -> Iterator[LyingNode]:
+    liar = LyingNode(pod)
+    yield liar
+    liar.end()
