@@ -226,7 +226,7 @@ def test_csi_sanity(node: Node, pod: Pod) -> None:
             cwd=pod.directory,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=280,
             check=False,
         )
         assert done.returncode == 0, done.stdout[-4000:]
@@ -235,7 +235,7 @@ def test_csi_sanity(node: Node, pod: Pod) -> None:
             [program, f"--csi.endpoint=unix:{node.endpoint}", "--ginkgo.no-color", "--ginkgo.focus=Identity Service"],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=280,
             check=False,
         )
         assert direct.returncode == 0, direct.stdout[-4000:]

@@ -11,7 +11,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -25,9 +24,10 @@ from encfs.encoding import b64_encode
 from encfs.mount.runtime import short_path
 from encfs.oci.layout import Layout
 from tests.support.artifacts import ARTIFACT_ID
-from tests.support.cluster import LyingNode, Node, Pod, artifacts, give_to_nobody, liar, node, pod, wait_until
+from tests.support.cluster import LyingNode, Node, Pod, artifacts, give_to_nobody, liar, node, pod
 from tests.support.image_artifacts import directory, encrypt_image, file, image_config, whiteout
 from tests.support.mounts import is_mounted
+from tests.support.waiting import wait_until
 
 __all__ = ["artifacts", "liar", "node", "pod"]
 
@@ -38,11 +38,11 @@ _OTHER = "sha256:" + "0" * 64
 _READER = """
 import errno, os, sys
 descriptor = os.open(sys.argv[1], os.O_RDONLY)
-print("reading", flush=True)
 try:
     while True:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.pread(descriptor, 1 << 20, 0)
+        print("reading", flush=True)
 except OSError as error:
     print(errno.errorcode[error.errno])
 """
@@ -57,13 +57,11 @@ def test_a_volume_ends_while_it_is_read(node: Node, pod: Pod) -> None:
     with subprocess.Popen([sys.executable, "-c", _READER, pod.weights], stdout=subprocess.PIPE, text=True) as reader:
         assert reader.stdout is not None
         assert reader.stdout.readline() == "reading\n"
-        time.sleep(0.2)
-        started = time.monotonic()
         node.unpublish(pod)
-        assert time.monotonic() - started < 5
-        assert reader.stdout.readline() in {"ENOTCONN\n", "ECONNABORTED\n"}
-        assert reader.wait(10) == 0
-    assert sidecar.wait(20) == 0
+        said = reader.stdout.read().splitlines()
+        assert said[-1] in {"ENOTCONN", "ECONNABORTED"}
+        assert reader.wait(60) == 0
+    assert sidecar.wait(60) == 0
     assert not pod.target.exists()
 
 

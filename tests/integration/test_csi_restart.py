@@ -25,8 +25,9 @@ from encfs.mount.keeper import Keeper
 from encfs.mount.mountpoint import current_mounts
 from encfs.mount.options import MountOptions
 from encfs.mount.runtime import short_path
-from tests.support.cluster import NOBODY, Node, Pod, artifacts, node, pod, wait_until
+from tests.support.cluster import NOBODY, Node, Pod, artifacts, node, pod
 from tests.support.mounts import detach_all, is_mounted
+from tests.support.waiting import wait_until
 
 __all__ = ["artifacts", "node", "pod"]
 

@@ -55,7 +55,9 @@ class Mounted:
         return self.place / "weights"
 
     def imagetool(self, *words: str | Path) -> None:
-        subprocess.run([Path(sys.executable).parent / "imagetool", *words], check=True, capture_output=True, timeout=60)
+        subprocess.run(
+            [Path(sys.executable).parent / "imagetool", *words], check=True, capture_output=True, timeout=120
+        )
 
     def encfs(self, *words: str | Path, code: int = 0, **environment: str) -> dict[str, Any]:
         done = subprocess.run(
@@ -64,7 +66,7 @@ class Mounted:
             env={**self.environment, "PYTHONPATH": str(REPOSITORY), **environment},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         )
         assert done.returncode == code, done.stderr
@@ -275,10 +277,11 @@ def test_a_daemon_that_cannot_be_started_is_started_later(mounted: Mounted) -> N
     resource.prlimit(status["supervisor"], resource.RLIMIT_NOFILE, (max(free, 8), limits[1]))
     os.kill(status["pid"], signal.SIGKILL)
     assert wait_for_end(status["pid"])
-    time.sleep(1)
+    log = Path(status["log_file"])
+    wait_until(lambda: "Too many open files" in log.read_text())
     resource.prlimit(status["supervisor"], resource.RLIMIT_NOFILE, limits)
     later = mounted.wait_for(lambda status: status["state"] == "serving" and status["restarts"] == 1)
-    assert "Too many open files" in Path(later["log_file"]).read_text()
+    assert later["pid"] != status["pid"]
     assert (mounted.place / "hello").read_text() == "hello\n"
 
 

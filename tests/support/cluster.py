@@ -14,9 +14,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,7 +174,7 @@ class Pod:
     def refusal(self, patience: float = 30.0, **configuration: object) -> dict[str, Any]:
         """The error of a sidecar that does not come to serve, in bounded time."""
         sidecar = self.start(patience, **configuration)
-        output, said = sidecar.communicate(timeout=patience + 30)
+        output, said = sidecar.communicate(timeout=patience + 120)
         assert output, said
         answer: dict[str, Any] = json.loads(output)
         assert answer["exit_code"] == sidecar.returncode != INTERNAL_ERROR_EXIT_CODE, said
@@ -183,7 +182,7 @@ class Pod:
 
     def read(self) -> bytes:
         """By a process that can be given up."""
-        return subprocess.run(["cat", self.weights], capture_output=True, check=True, timeout=60).stdout
+        return subprocess.run(["cat", self.weights], capture_output=True, check=True, timeout=120).stdout
 
     def kill(self) -> None:
         """All sidecars, as if the memory had run out."""
@@ -224,7 +223,7 @@ class Node:
     def end(self, *, kill: bool = False) -> None:
         self.channel.close()
         (self.process.kill if kill else self.process.terminate)()
-        self.process.communicate(timeout=30)
+        self.process.communicate(timeout=60)
 
     def call(self, method: str, **members: Any) -> Any:
         service = "Identity" if method in {"GetPluginInfo", "Probe", "GetPluginCapabilities"} else "Node"
@@ -233,7 +232,7 @@ class Node:
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=getattr(csi, f"{method}Response").FromString,
         )
-        return stub(getattr(csi, f"{method}Request")(**members), timeout=60, wait_for_ready=True)
+        return stub(getattr(csi, f"{method}Request")(**members), timeout=120, wait_for_ready=True)
 
     def publish(self, pod: Pod, *, volume: str = "", target: Path | None = None, **attributes: str) -> None:
         context = {"csi.storage.k8s.io/ephemeral": "true", "csi.storage.k8s.io/pod.uid": pod.uid, **attributes}
@@ -267,7 +266,7 @@ class LyingNode:
             self.server.bind(address)
             os.chmod(address, 0o666)  # noqa: S103 - the sidecar is another user
         self.server.listen()
-        self.server.settimeout(30)
+        self.server.settimeout(120)
 
     def end(self) -> None:
         self.server.close()
@@ -289,13 +288,6 @@ class LyingNode:
             self.keeper.hand_over(ours)
             document: dict[str, object] = json.loads(theirs.recv(1 << 16))
         return document | more
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 # Fixtures of the modules that import them
