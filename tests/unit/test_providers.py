@@ -126,7 +126,7 @@ def _installed(tmp_path: Path, name: str, entry: str) -> None:
 
 
 def test_providers_of_other_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A real installed distribution adds a scheme; a second one for the same scheme, or for ours, is refused."""
+    """A real installed distribution adds a scheme; a second one for the same is refused; one for ours gets no key."""
     _installed(tmp_path, "vault", "vault = vault_keys:provider")
     (tmp_path / "vault_keys.py").write_text(
         "from encfs.keys.providers.file import FileProvider\n"
@@ -138,9 +138,22 @@ def test_providers_of_other_packages(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "vault" in known_schemes()
     with pytest.raises(KeyProviderError, match="provider of the key scheme broken cannot be loaded: No module"):
         provider_from_uri("broken:x")
-    _installed(tmp_path, "thief", "file = vault_keys:provider")
-    with pytest.raises(KeyProviderError, match="several packages provide the key scheme file"):
-        provider_from_uri("file:x")
+    _installed(tmp_path, "thief", "vault = vault_keys:thief\nfile = vault_keys:thief")
+    with pytest.raises(KeyProviderError, match="several packages provide the key scheme vault"):
+        provider_from_uri("vault:x")
+    assert provider_from_uri("file:x").uri == "file:x"
+    assert known_schemes().count("file") == 1
+    with pytest.raises(KeyFileError, match=r"unknown key scheme \W*valut\W*; known are .*file, .*vault"):
+        provider_from_uri("valut:x")
+
+
+def test_our_own_schemes_cost_no_look_at_what_is_installed() -> None:
+    """That takes longer than all the rest of a short command's start."""
+    program = (
+        "import sys; from encfs.keys.providers import provider_from_uri; provider_from_uri('file:x')\n"
+        "assert 'importlib.metadata' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 # --- file ------------------------------------------------------------------------------------------------------------

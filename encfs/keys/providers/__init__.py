@@ -1,9 +1,10 @@
 """Key URIs: `scheme:rest` names where the key comes from that opens an artifact; a plain path means `file:`.
 
-A provider is found by its scheme among the entry points of the group `encfs.key_providers`, so that other packages can
-add theirs. An entry point is a callable that takes the text behind `scheme:` and returns a `KeyProvider`; it does not
-touch the key yet and raises KeyFileError where the text is malformed. Making a provider is free of side effects: keys
-are read, prompts shown and machines asked when it first unwraps.
+Our own schemes are listed here. Other packages add theirs by entry points of the group `encfs.key_providers`, which are
+looked through for a scheme that is none of ours: that takes a while, and nobody else gets to see what ours are given.
+A provider's factory is a callable that takes the text behind `scheme:` and returns a `KeyProvider`; it does not touch
+the key yet and raises KeyFileError where the text is malformed. Making a provider is free of side effects: keys are
+read, prompts shown and machines asked when it first unwraps.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast, runtime_checkable
+from importlib import import_module
+from typing import TYPE_CHECKING, Protocol, cast, runtime_checkable
 
 from encfs.errors import KeyFileError, KeyProviderError
 from encfs.keys.recipients import Recipient
@@ -19,7 +21,24 @@ from encfs.keys.secrets import SymmetricKey
 from encfs.strictjson import show_name
 from encfs.trust import KeyBinding
 
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
 ENTRY_POINT_GROUP = "encfs.key_providers"
+#: The factory of each scheme of ours, in the module of its name.
+_OWN = {
+    "cdh": "CdhProvider",
+    "env": "EnvProvider",
+    "file": "FileProvider",
+    "gramine": "GramineProvider",
+    "kbs": "KbsProvider",
+    "keyprovider": "KeyServiceProvider",
+    "passphrase": "PassphraseProvider",
+    "sealed": "SealedProvider",
+    "skr": "SkrProvider",
+    "snp": "SnpProvider",
+    "tpm2": "Tpm2Provider",
+}
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*):(.*)", re.ASCII | re.DOTALL)
 
@@ -117,12 +136,12 @@ def known_schemes() -> tuple[str, ...]:
     """The schemes installed on this machine, sorted."""
     from importlib.metadata import entry_points
 
-    return tuple(sorted(entry_points(group=ENTRY_POINT_GROUP).names))
+    return tuple(sorted({*_OWN, *entry_points(group=ENTRY_POINT_GROUP).names}))
 
 
 def availabilities() -> list[Availability]:
     """Every installed scheme, sorted."""
-    return [Availability(scheme, _unavailable(scheme)) for scheme in sorted(set(known_schemes()))]
+    return [Availability(scheme, _unavailable(scheme)) for scheme in known_schemes()]
 
 
 def _unavailable(scheme: str) -> str | None:
@@ -134,7 +153,17 @@ def _unavailable(scheme: str) -> str | None:
 
 
 def _factory(scheme: str) -> ProviderFactory:
-    from importlib.metadata import entry_points  # slow to import, and only needed where keys are
+    try:
+        if scheme in _OWN:
+            module = import_module(f"{__name__}.{scheme}")
+            return cast("ProviderFactory", getattr(module, _OWN[scheme]))
+        return cast("ProviderFactory", _entry_point(scheme).load())
+    except (ImportError, AttributeError) as error:
+        raise KeyProviderError(f"the provider of the key scheme {scheme} cannot be loaded: {error}") from error
+
+
+def _entry_point(scheme: str) -> EntryPoint:
+    from importlib.metadata import entry_points
 
     found = tuple(entry_points(group=ENTRY_POINT_GROUP, name=scheme))
     if not found:
@@ -145,8 +174,4 @@ def _factory(scheme: str) -> ProviderFactory:
     if len({entry.value for entry in found}) > 1:
         # Whichever came first would decide who sees the keys.
         raise KeyProviderError(f"several packages provide the key scheme {scheme}", hint="uninstall all but one")
-    try:
-        factory = found[0].load()
-    except (ImportError, AttributeError) as error:
-        raise KeyProviderError(f"the provider of the key scheme {scheme} cannot be loaded: {error}") from error
-    return cast("ProviderFactory", factory)
+    return found[0]
