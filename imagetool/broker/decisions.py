@@ -115,11 +115,18 @@ def decide(
     reasons += _about_content(wanted, rule)
     binding = KeyBinding()
     if entry is not None:
-        artifact_id = entry.artifact_id if entry.artifact_id is not None else rule.artifact_id
-        floors = [one for one in (entry.min_version, rule.min_version) if one is not None]
-        binding = KeyBinding(artifact_id=artifact_id, min_version=max(floors, default=None), pins=rule.content_digests)
+        binding = binding_of(entry, rule)
         reasons += _about_key(wanted, rule, entry, binding)
     return Decision(rule, tuple(reasons), binding, logged_claims(verdict.claims))
+
+
+def binding_of(entry: Entry, rule: Rule | None) -> KeyBinding:
+    """The refusals that go along with a key: those of its floor, and those of its rule."""
+    if rule is None:
+        return KeyBinding(artifact_id=entry.artifact_id, min_version=entry.min_version)
+    artifact_id = entry.artifact_id if entry.artifact_id is not None else rule.artifact_id
+    floors = [one for one in (entry.min_version, rule.min_version) if one is not None]
+    return KeyBinding(artifact_id=artifact_id, min_version=max(floors, default=None), pins=rule.content_digests)
 
 
 def logged_claims(claims: Claims) -> dict[str, object]:

@@ -5,17 +5,22 @@ The artifact was made and pushed before: whoever asks in between still gets the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, delete, insert, select
 
 from encfs.artifact import LoadedArtifact, open_payload
-from encfs.errors import WrongKeyError
+from encfs.errors import ConflictError, RollbackError, WrongKeyError
+from encfs.format.descriptor import ContentDescriptor
 from encfs.kbs.resource import recipient_key
 from encfs.keys.recipients import NamedKey, Recipient, unwrap_with_key
 from encfs.keys.secrets import SymmetricKey, wipe
+from encfs.strictjson import show_name
+from encfs.trust import KeyBinding
 from imagetool.broker import log, state
+from imagetool.broker.decisions import binding_of
 from imagetool.broker.opening import OpenedBroker
 from imagetool.broker.state import State
 from imagetool.broker.tables import VERSIONS
@@ -43,6 +48,15 @@ class Consumer:
             "version": self.version,
             "last_release": self.released,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """One version of a line: the content digests of its artifacts, several where an image is for several platforms."""
+
+    artifact_id: str
+    version: int
+    digests: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +91,16 @@ def held_key(opened: OpenedBroker, path: str) -> SymmetricKey:
         return SymmetricKey(state.open_key(connection, opened.vault, current, path), f"kbs:///{path}")
 
 
+@contextmanager
+def held_provider(opened: OpenedBroker, path: str) -> Iterator[HeldKey]:
+    """The key of a resource as a provider. Raises: as `held_key`."""
+    provider = HeldKey(held_key(opened, path), f"kbs:///{path}")
+    try:
+        yield provider
+    finally:
+        provider.close()
+
+
 def held_recipient(opened: OpenedBroker, path: str) -> NamedKey | SymmetricKey | None:
     """What to encrypt to for consumers of a resource, which the caller wipes; None where the broker has none.
 
@@ -95,39 +119,78 @@ def held_recipient(opened: OpenedBroker, path: str) -> NamedKey | SymmetricKey |
     return SymmetricKey(key.secret, uri) if isinstance(key, SymmetricKey) else NamedKey(key, uri)
 
 
+def held_binding(opened: OpenedBroker, path: str) -> KeyBinding:
+    """The refusals that go along with a key of the broker's. Raises: as `load_state`."""
+    current = opened.load_state()
+    entry = current.entries.get(path)
+    return binding_of(entry, current.policy.rule_for(path)) if entry is not None else KeyBinding()
+
+
+def require_accepted(binding: KeyBinding, path: str, artifact_id: str | None, version: int) -> None:
+    """That consumers who get the key accept an artifact which is encrypted to it. `artifact_id` is None for a new id.
+
+    Raises: ConflictError, RollbackError.
+    """
+    if binding.artifact_id not in (None, artifact_id):
+        other = "a new id" if artifact_id is None else f"the id {show_name(artifact_id)}"
+        raise ConflictError(
+            f"the key {path} is for the artifact {show_name(binding.artifact_id)}: whoever gets it refuses {other}",
+            hint=f"--id {binding.artifact_id} is accepted; or encrypt to a key of its own",
+        )
+    if binding.min_version is not None and version < binding.min_version:
+        raise RollbackError(
+            f"version {version} is below the floor {binding.min_version} of the key {path}: whoever gets it refuses it",
+            hint=f"--artifact-version {binding.min_version} or later is accepted",
+        )
+
+
 def floor_of(opened: OpenedBroker, path: str) -> int | None:
     """The lowest version that the key is for. Raises: as `load_state`."""
     entry = opened.load_state().entries.get(path)
     return entry.min_version if entry is not None else None
 
 
-def publish(opened: OpenedBroker, path: str, artifact: LoadedArtifact) -> Publication:
-    """Let the key be for this version and later ones of the artifact's line. The artifact's origin was checked before.
-
-    Raises: WrongKeyError where the key does not open the artifact; RollbackError, ConflictError, NotFoundError.
-    """
-    provider = HeldKey(held_key(opened, path), f"kbs:///{path}")
+def require_opens(artifact: LoadedArtifact, provider: HeldKey) -> None:
+    """Raises: WrongKeyError where the key does not open the artifact."""
     try:
         open_payload(artifact, [provider])
     except WrongKeyError:
         raise WrongKeyError(
-            f"the broker's key {path} does not open the artifact",
-            hint=f"encrypt it to that key: imagetool release SRC DEST --resource {path}",
+            f"the broker's key {provider.uri} does not open the artifact",
+            hint=f"encrypt it to that key: -r '{provider.uri}?broker=DIR'",
         ) from None
-    finally:
-        provider.close()
-    content = artifact.content
+
+
+def one_release(contents: Sequence[ContentDescriptor]) -> Release:
+    """The version that artifacts make together. Raises: ConflictError where they are not all of one."""
+    first = contents[0]
+    for content in contents:
+        if (content.id, content.version) != (first.id, first.version):
+            raise ConflictError(
+                f"the index has version {first.version} of {show_name(first.id)} and version {content.version} of "
+                f"{show_name(content.id)}: it is not one release",
+                hint="encrypt the image for all its platforms at once, or release one with --platform",
+            )
+    return Release(first.id, first.version, tuple(dict.fromkeys(content.digest for content in contents)))
+
+
+def publish(opened: OpenedBroker, path: str, release: Release) -> Publication:
+    """Let the key be for this version and later ones of the line. Its artifacts were checked before, and open with it.
+
+    Raises: RollbackError, ConflictError, NotFoundError.
+    """
     opened.check_mark()
     before = floor_of(opened, path)
     with opened.database.transaction() as connection:
         now = opened.database.now(connection)
-        after = state.raise_floor(connection, opened.vault, path, content.id, content.version)
-        connection.execute(delete(VERSIONS).where(VERSIONS.c.content_digest == content.digest))
-        connection.execute(
-            insert(VERSIONS).values(
-                content_digest=content.digest, artifact_id=content.id, version=content.version, released=now
+        after = state.raise_floor(connection, opened.vault, path, release.artifact_id, release.version)
+        for digest in release.digests:
+            connection.execute(delete(VERSIONS).where(VERSIONS.c.content_digest == digest))
+            connection.execute(
+                insert(VERSIONS).values(
+                    content_digest=digest, artifact_id=release.artifact_id, version=release.version, released=now
+                )
             )
-        )
         log.append(
             connection,
             opened.vault,
@@ -136,20 +199,20 @@ def publish(opened: OpenedBroker, path: str, artifact: LoadedArtifact) -> Public
             path=path,
             members={
                 "epoch": after.epoch,
-                "artifact_id": content.id,
-                "version": content.version,
-                "content_digest": content.digest,
+                "artifact_id": release.artifact_id,
+                "version": release.version,
+                "content_digests": list(release.digests),
             },
         )
     opened.settle(after)
     with opened.database.reading() as connection:
-        versions = _versions(connection, content.id)
-        refused = [one for one in _consumers(connection, path, versions) if one.content_digest != content.digest]
-    others = [digest for digest, version in versions.items() if version == content.version and digest != content.digest]
+        versions = _versions(connection, release.artifact_id)
+        refused = [one for one in _consumers(connection, path, versions) if one.content_digest not in release.digests]
+    others = [one for one, version in versions.items() if version == release.version and one not in release.digests]
     return Publication(
         before,
-        tuple(one for one in refused if one.version is None or one.version < content.version),
-        tuple(_conflicts(after, path, artifact, others)),
+        tuple(one for one in refused if one.version is None or one.version < release.version),
+        tuple(_conflicts(after, path, release, others)),
     )
 
 
@@ -189,18 +252,20 @@ def _name(entry: Mapping[str, object]) -> str:
     return f"address {entry.get('client')}"
 
 
-def _conflicts(after: State, path: str, artifact: LoadedArtifact, others: Sequence[str]) -> list[str]:
-    rule, content = after.policy.rule_for(path), artifact.content
+def _conflicts(after: State, path: str, release: Release, others: Sequence[str]) -> list[str]:
+    rule = after.policy.rule_for(path)
     found: list[str] = []
     if rule is None:
         found.append(f"no rule of the policy is for {path}: nobody gets the key")
     else:
-        if rule.content_digests and content.digest not in rule.content_digests:
-            found.append(f"the rule {rule.pattern} is for other content: add {content.digest} to its content_digests")
-        if rule.artifact_id not in (None, content.id):
+        if rule.content_digests and (missing := [one for one in release.digests if one not in rule.content_digests]):
+            found.append(
+                f"the rule {rule.pattern} is for other content: add {', '.join(missing)} to its content_digests"
+            )
+        if rule.artifact_id not in (None, release.artifact_id):
             found.append(f"the rule {rule.pattern} is for the artifact {rule.artifact_id}")
-        if rule.min_version is not None and content.version < rule.min_version:
+        if rule.min_version is not None and release.version < rule.min_version:
             found.append(f"the rule {rule.pattern} has the floor {rule.min_version}, above this version")
     if others:
-        found.append(f"other content was released as version {content.version} before, and is not below the floor")
+        found.append(f"other content was released as version {release.version} before, and is not below the floor")
     return found

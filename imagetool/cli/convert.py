@@ -23,7 +23,7 @@ from encfs.errors import MissingKeyError, UsageError
 from encfs.units import format_duration, format_size
 from imagetool.cli.encrypting import MaxLayerSizeOption
 from imagetool.cli.ocicrypt import KekOption, PlatformsOption, opened_keys, opened_recipients
-from imagetool.cli.recipientkeys import recipient_keys
+from imagetool.cli.recipientkeys import ForWhat, recipient_keys
 
 if TYPE_CHECKING:
     from encfs.oci.blobs import Descriptor
@@ -144,7 +144,7 @@ def _to_artifact(
     signing = [load_signing_key(path) for path in signers]
     options = ImageOptions(job.trust.artifact_id, version, VolumeOptions(compress=True), max_layer_size)
     with (
-        recipient_keys(terminal, job.recipients, None) as recipients,
+        recipient_keys(terminal, job.recipients, None, [ForWhat(job.trust.artifact_id, version)]) as recipients,
         opened_keys(job.keys) as openers,
         opened_source(job.source, job.registry) as origin,
         closing(DecryptingSource(origin, openers, store.spool)) as plain,

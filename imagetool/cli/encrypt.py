@@ -11,7 +11,7 @@ from encfs.console.commandparts import RegistryOptions
 from encfs.console.terminal import Terminal
 from encfs.errors import FormatError, UsageError
 from imagetool.cli.encrypting import Job, MaxLayerSizeOption, ReuseOptions, encrypt_image, encrypt_path
-from imagetool.cli.recipientkeys import recipient_keys
+from imagetool.cli.recipientkeys import ForWhat, recipient_keys
 
 RecipientsOption = Annotated[
     list[str] | None,
@@ -137,7 +137,8 @@ def command(
     )
     signing = [load_signing_key(path) for path in signers or ()]
     wanted = [parse_platform(text) for text in platforms or ()]
-    with recipient_keys(terminal, recipients or (), passphrase_file) as keys:
+    made = ForWhat(artifact_id, version)
+    with recipient_keys(terminal, recipients or (), passphrase_file, [made]) as keys:
         job = Job(origin, reference, keys, signing, registry)
         if is_image:
             encrypt_image(

@@ -35,13 +35,24 @@ _HINT = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class ForWhat:
+    """The artifact that is encrypted to the keys. `artifact_id` None: one of its own, made at random."""
+
+    artifact_id: str | None
+    version: int
+
+
 @contextmanager
 def recipient_keys(
-    terminal: Terminal, words: Sequence[str], passphrase_file: str | None
+    terminal: Terminal, words: Sequence[str], passphrase_file: str | None, artifacts: Sequence[ForWhat]
 ) -> Iterator[list[RecipientKey]]:
     """The keys to encrypt to; secrets among them are wiped at the end.
 
-    Raises: UsageError, KeyFileError, NotFoundError; what a broker or key service that was named raises.
+    A broker says which artifacts its key is for: another one of `artifacts` would be refused when it is opened.
+
+    Raises: UsageError, KeyFileError, NotFoundError; ConflictError, RollbackError for an artifact that a key is not for;
+    what a broker or key service that was named raises.
     """
     from encfs.hardening import protect_keys
     from encfs.keyprovider.client import parse_service
@@ -59,7 +70,7 @@ def recipient_keys(
                 service = parse_service(word.removeprefix(_SERVICE))
                 keys.append(WrappingService(service.name, service.wrap))
                 continue
-            key = _resource_key(terminal, word) if word.startswith(_RESOURCES) else load_recipient_key(word)
+            key = _resource_key(terminal, word, artifacts) if word.startswith(_RESOURCES) else load_recipient_key(word)
             if isinstance(key, SymmetricKey):
                 stack.callback(key.wipe)
             keys.append(key)
@@ -132,12 +143,12 @@ def _path(front: str, uri: str) -> str:
     return str(path)
 
 
-def _resource_key(terminal: Terminal, text: str) -> SymmetricKey | NamedKey:
+def _resource_key(terminal: Terminal, text: str, artifacts: Sequence[ForWhat]) -> SymmetricKey | NamedKey:
     wanted = parse_resource_recipient(text)
     if wanted.way == "key":
         return _given_key(wanted)
     if wanted.way == "broker":
-        return _broker_key(terminal, wanted)
+        return _broker_key(terminal, wanted, artifacts)
     from encfs.keys.providers import fetched_key
 
     return fetched_key(wanted.uri)
@@ -163,15 +174,22 @@ def _given_key(wanted: ResourceRecipient) -> SymmetricKey | NamedKey:
     return SymmetricKey(key.secret, wanted.kid)
 
 
-def _broker_key(terminal: Terminal, wanted: ResourceRecipient) -> SymmetricKey | NamedKey:
+def _broker_key(terminal: Terminal, wanted: ResourceRecipient, artifacts: Sequence[ForWhat]) -> SymmetricKey | NamedKey:
     """The key that the broker holds under that name, made there where it holds none."""
     from imagetool.cli.broker.parts import add_key, opened
 
     with opened(wanted.value) as broker:
         from encfs.keys.secrets import KEK_SIZE, SymmetricKey
         from imagetool.broker import state
-        from imagetool.broker.publishing import held_recipient
+        from imagetool.broker.publishing import held_binding, held_recipient, require_accepted
 
+        binding = held_binding(broker, wanted.path)
+        for one in artifacts:
+            require_accepted(binding, wanted.path, one.artifact_id, one.version)
+        if binding.pins:
+            terminal.warn(
+                f"the rule for {wanted.path} is for certain content: add the new content digest to its content_digests"
+            )
         held = held_recipient(broker, wanted.path)
         if held is not None:
             return held

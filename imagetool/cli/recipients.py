@@ -22,11 +22,13 @@ from imagetool.cli.editing import edited, report
 from imagetool.cli.encrypt import PassphraseFileOption, RecipientsOption
 from imagetool.cli.indexes import tell_of_public
 from imagetool.cli.inspect import recipient_lines, recipients_document
-from imagetool.cli.recipientkeys import recipient_keys
+from imagetool.cli.recipientkeys import ForWhat, recipient_keys
 
 if TYPE_CHECKING:
     from encfs.artifact import LoadedArtifact
+    from encfs.image.manifest import Platform
     from encfs.keys.jwk import PublicKey
+    from encfs.oci.blobs import BlobSource, RawManifest
 
 app = typer.Typer(name="recipients", help="Show and change who can open an artifact.", rich_markup_mode=None)
 
@@ -61,21 +63,28 @@ def add(
     """Let more keys open an artifact. Needs a key that opens it."""
     from imagetool.pipeline.edit import add_recipients
 
-    policy = trust.policy()
-    with recipient_keys(terminal, recipients or (), passphrase_file) as added:
-        if not added:
-            raise MissingKeyError("no recipient was given", hint="pass -r KEY or --passphrase-file FILE")
-        with keys.providers() as providers, edited(reference, registry) as artifact:
+    policy, wanted = trust.policy(), wanted_platform(platform)
+    if not recipients and passphrase_file is None:
+        raise MissingKeyError("no recipient was given", hint="pass -r KEY or --passphrase-file FILE")
+    with keys.providers() as providers, edited(reference, registry) as artifact:
+        there = _artifacts(artifact.source, wanted)
+        with recipient_keys(terminal, recipients or (), passphrase_file, there) as added:
             manifest = add_recipients(
-                artifact.source,
-                artifact.sink,
-                providers,
-                added,
-                trust=policy,
-                tag=artifact.tag,
-                wanted=wanted_platform(platform),
+                artifact.source, artifact.sink, providers, added, trust=policy, tag=artifact.tag, wanted=wanted
             )
     report(terminal, artifact, manifest, f"{len(added)} recipients added")
+
+
+def _artifacts(source: BlobSource, wanted: Platform | None) -> list[ForWhat]:
+    """What the artifacts say that they are; `add_recipients` checks them."""
+    from encfs.artifact import load_artifact
+    from encfs.image.artifact import for_each_artifact
+
+    def named(manifest: RawManifest, _listed: Platform | None) -> ForWhat:
+        content = load_artifact(source, manifest).content
+        return ForWhat(content.id, content.version)
+
+    return list(for_each_artifact(source, source.document(), named, wanted))
 
 
 def remove(

@@ -9,15 +9,25 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from encfs.console.commandparts import RegistryOptions, TrustOptions, opened_source
+from encfs.console.commandparts import (
+    IndexPlatformOption,
+    RegistryOptions,
+    TrustOptions,
+    opened_source,
+    wanted_platform,
+)
 from encfs.console.terminal import Terminal
 from encfs.errors import NotFoundError, UsageError
 from encfs.oci.reference import parse_reference
 from imagetool.cli.broker.parts import opened, resource_path
 
 if TYPE_CHECKING:
+    from encfs.format.descriptor import ContentDescriptor
+    from encfs.image.manifest import Platform
+    from encfs.oci.blobs import RawManifest
+    from encfs.trust import TrustPolicy
     from imagetool.broker.opening import OpenedBroker
-    from imagetool.broker.publishing import Publication
+    from imagetool.broker.publishing import Publication, Release
 
 _SHOWN = 20
 
@@ -55,6 +65,7 @@ def command(
             show_default=False,
         ),
     ] = None,
+    platform: IndexPlatformOption = None,
     *,
     trust: TrustOptions,
     registry: RegistryOptions,
@@ -69,6 +80,8 @@ def command(
             f"{source} is an artifact already: DEST, --sign and --artifact-version are for encrypting",
             hint="copy it with imagetool copy, sign it with imagetool sign",
         )
+    if not pushed and platform is not None:
+        raise UsageError("--platform chooses in an image index, and SRC is none", hint="leave it out")
     if not pushed and destination is None:
         raise UsageError(f"{source} is no artifact, and DEST is missing", hint="say where to encrypt it to")
     with opened(broker) as opened_broker:
@@ -79,28 +92,55 @@ def command(
             digest = _encrypt(terminal, opened_broker, path, Path(source), reference, signer, version, trust, registry)
             # What was made a moment ago, and nothing that somebody put there since.
             policy = TrustOptions(pin=digest).policy()
-        from encfs.artifact import load_artifact
-        from imagetool.broker.publishing import publish
+        from imagetool.broker.publishing import one_release, publish
 
-        with opened_source(reference, registry) as store:
-            artifact = load_artifact(store)
-            artifact.check_trust(policy)
-            done = publish(opened_broker, path, artifact)
+        found = _checked(opened_broker, path, reference, platform, policy, registry)
+        release = one_release([content for _, content in found])
+        done = publish(opened_broker, path, release)
     for conflict in done.conflicts:
         terminal.warn(conflict)
-    content = artifact.content
     terminal.result(
         {
             "reference": reference,
             "resource": path,
-            "id": content.id,
-            "version": content.version,
-            "content_digest": content.digest,
+            "id": release.artifact_id,
+            "version": release.version,
+            "artifacts": [
+                {"platform": None if listed is None else str(listed), "content_digest": content.digest}
+                for listed, content in found
+            ],
             "floor_before": done.floor_before,
             "refused": [one.to_json() for one in done.refused],
         },
-        _lines(reference, path, content.id, content.version, done),
+        _lines(reference, path, release, done),
     )
+
+
+def _checked(
+    broker: OpenedBroker,
+    path: str,
+    reference: str,
+    platform: str | None,
+    policy: TrustPolicy,
+    registry: RegistryOptions,
+) -> list[tuple[Platform | None, ContentDescriptor]]:
+    """The artifact, or those of an index: each trusted, and opened by the key. Nobody signed the index itself."""
+    from encfs.artifact import load_artifact
+    from encfs.image.artifact import check_pin_names_one, for_each_artifact
+    from imagetool.broker.publishing import held_provider, require_opens
+
+    wanted = wanted_platform(platform)
+    with held_provider(broker, path) as provider, opened_source(reference, registry) as store:
+
+        def checked(manifest: RawManifest, listed: Platform | None) -> tuple[Platform | None, ContentDescriptor]:
+            artifact = load_artifact(store, manifest)
+            artifact.check_trust(policy)
+            require_opens(artifact, provider)
+            return listed, artifact.content
+
+        document = store.document()
+        check_pin_names_one(document, policy.pin, wanted)
+        return list(for_each_artifact(store, document, checked, wanted))
 
 
 def _encrypt(
@@ -117,7 +157,7 @@ def _encrypt(
     """Encrypt to the broker's key; the content digest."""
     from encfs.keys.files import load_signing_key
     from encfs.oci.store import open_sink
-    from imagetool.broker.publishing import floor_of, held_key
+    from imagetool.broker.publishing import floor_of, held_binding, held_key, require_accepted
     from imagetool.pipeline.encrypt import EncryptOptions, encrypt
 
     if trust.artifact_id is None or trust != TrustOptions(artifact_id=trust.artifact_id):
@@ -132,6 +172,8 @@ def _encrypt(
     if version is None:
         floor = floor_of(broker, path)
         version = 1 if floor is None else floor + 1
+    # Before anything is written.
+    require_accepted(held_binding(broker, path), path, trust.artifact_id, version)
     recipient = held_key(broker, path)
     reference = parse_reference(destination)
     try:
@@ -150,12 +192,13 @@ def _encrypt(
     return made.content.digest
 
 
-def _lines(reference: str, path: str, artifact_id: str, version: int, done: Publication) -> list[str]:
+def _lines(reference: str, path: str, release: Release, done: Publication) -> list[str]:
     before = "none" if done.floor_before is None else str(done.floor_before)
-    lines = [f"{reference}: {artifact_id} version {version} is released; floor of {path}: {before} -> {version}"]
+    now = release.version
+    lines = [f"{reference}: {release.artifact_id} version {now} is released; floor of {path}: {before} -> {now}"]
     if not done.refused:
         return [*lines, "no consumer was given the key for anything older"]
-    lines.append(f"{len(done.refused)} consumers are refused until they open version {version}:")
+    lines.append(f"{len(done.refused)} consumers are refused until they open version {now}:")
     for one in done.refused[:_SHOWN]:
         has = f"version {one.version}" if one.version is not None else one.content_digest or "content it did not name"
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(one.released / 1000))

@@ -140,7 +140,7 @@ def test_the_file_holds_what_the_resource_does(tmp_path: Path, form: str) -> Non
     file = tmp_path / "key"
     file.write_bytes(content)
     file.chmod(0o600)
-    with recipient_keys(Terminal("test"), [f"kbs:///default/key/chat?key={file}"], None) as keys:
+    with recipient_keys(Terminal("test"), [f"kbs:///default/key/chat?key={file}"], None, []) as keys:
         keyring = parse_keyring(create_keyring(b"secret", DIGEST, keys), DIGEST)
         assert keyring.recipients[0].kid == "kbs:///default/key/chat"
     key = pair if form == "private-json" else SymmetricKey(bytearray(kek))
@@ -199,7 +199,7 @@ def test_files_that_are_no_keys(tmp_path: Path) -> None:
         file.chmod(0o600)
         with (
             pytest.raises(KeyFileError, match=message),
-            recipient_keys(Terminal("test"), [f"kbs:///a/b/c?key={file}"], None),
+            recipient_keys(Terminal("test"), [f"kbs:///a/b/c?key={file}"], None, []),
         ):
             raise AssertionError("it was taken")
     open_file = tmp_path / "open"
@@ -207,7 +207,7 @@ def test_files_that_are_no_keys(tmp_path: Path) -> None:
     open_file.chmod(0o644)
     with (
         pytest.raises(KeyFileError, match="accessible by others"),
-        recipient_keys(Terminal("test"), [f"kbs:///a/b/c?key={open_file}"], None),
+        recipient_keys(Terminal("test"), [f"kbs:///a/b/c?key={open_file}"], None, []),
     ):
         raise AssertionError("it was taken")
 
