@@ -7,32 +7,78 @@ environment when it is imported, so `prepare` comes first.
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from encfs.attestation.evidence import Collateral
+from encfs.errors import StorageError
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
 
 _DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+_PREFIX = "metrics-"
 
 
 @contextmanager
-def prepared() -> Iterator[None]:
-    """A directory for the values of all processes that are forked within, removed at the end."""
+def prepared(runtime: Path) -> Iterator[None]:
+    """A directory in `runtime` for the values of all processes that are forked within, removed at the end.
+
+    It is locked as long as one of them lives: those of brokers that were killed are removed, and no others.
+
+    Raises: StorageError.
+    """
     if "prometheus_client" in sys.modules:
         raise RuntimeError("prometheus-client was imported too early")
-    with tempfile.TemporaryDirectory(prefix="encfs-broker-metrics-") as directory:
-        os.environ[_DIRECTORY] = directory
+    try:
+        runtime.mkdir(mode=0o700, exist_ok=True)
+        with _opened(runtime) as all_of_them:
+            fcntl.flock(all_of_them, fcntl.LOCK_EX)
+            for left in runtime.glob(f"{_PREFIX}*"):
+                _remove_unused(left)
+            directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=runtime))
+            lock = os.open(directory, _OPEN)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        raise StorageError(
+            f"{runtime}, for what the broker's processes count, cannot be used: {error.strerror}",
+            hint="the broker's directory has to be writable, or a file system for temporary files be mounted there",
+        ) from None
+    os.environ[_DIRECTORY] = str(directory)
+    try:
+        yield
+    finally:
+        del os.environ[_DIRECTORY]
+        shutil.rmtree(directory, ignore_errors=True)
+        os.close(lock)
+
+
+_OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@contextmanager
+def _opened(directory: Path) -> Iterator[int]:
+    descriptor = os.open(directory, _OPEN)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _remove_unused(directory: Path) -> None:
+    with _opened(directory) as descriptor:
         try:
-            yield
-        finally:
-            del os.environ[_DIRECTORY]
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        shutil.rmtree(directory)
 
 
 class Metrics:

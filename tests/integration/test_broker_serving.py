@@ -195,6 +195,35 @@ def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
         wait_until(lambda: not any(_runs(pid) for pid in workers))
 
 
+def test_what_is_left_of_a_killed_broker_is_cleared(tmp_path: Path) -> None:
+    """What its processes counted is in files: those of brokers that are gone are removed, and no others."""
+    directory = make_broker(tmp_path / "b")
+
+    def left() -> set[Path]:
+        return set((directory / "run").iterdir())
+
+    with serving(directory) as killed:
+        wait_until(lambda: len(killed.workers()) == 2)
+        (first,) = left()
+        assert [one.stat().st_mode & 0o777 for one in (first.parent, first)] == [0o700, 0o700]
+        workers = killed.workers()
+        killed.kill()
+        wait_until(lambda: not any(_runs(pid) for pid in workers))
+    assert left() == {first}
+    with serving(directory) as one:
+        wait_until(lambda: len(one.workers()) == 2)
+        (second,) = left()
+        assert second != first
+        with serving(directory):
+            assert second in left()
+            assert len(left()) == 2
+        assert left() == {second}
+        # What it counts is still there.
+        client = Handshake(one.url, one.ca)
+        wait_until(lambda: b'step="metrics"' in client.request("GET", "/metrics").body)
+    assert left() == set()
+
+
 def test_a_crowd_is_told_to_wait(tmp_path: Path) -> None:
     directory = make_broker(tmp_path / "b")
     configure(directory, max_sessions=10)
