@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import _thread
 import io
 import os
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -107,9 +109,18 @@ class Artifact:
 
     def close(self) -> None:
         """End the threads, forget cached plaintext, close the store. Files that are open read no further."""
-        # What the parent of a fork has open is the parent's to close.
-        if self.files.close():
-            self._opened.close()
+        _close(self.files, self._opened)
+
+    def __del__(self) -> None:
+        """One that was not closed is closed when nobody has it any more.
+
+        In a thread of its own, since the garbage collector may run in the middle of anything, with any lock held; and
+        one that `threading`, which has locks as well, does not start.
+        """
+        files = getattr(self, "files", None)
+        if files is not None and not files.closed:
+            with suppress(RuntimeError):  # at the interpreter's end, when everything goes
+                _thread.start_new_thread(_close_in_thread, (files, self._opened))
 
     def __enter__(self) -> Self:
         return self
@@ -135,6 +146,17 @@ class Artifact:
 
     def __repr__(self) -> str:
         return f"<encfs.Artifact {self.id!r} version {self.version} {self.content_digest}>"
+
+
+def _close(files: Files, opened: OpenedArtifact) -> None:
+    # What the parent of a fork has open is the parent's to close.
+    if files.close():
+        opened.close()
+
+
+def _close_in_thread(files: Files, opened: OpenedArtifact) -> None:
+    # In one that `threading` knows: it keeps a record for ever of any other that joins threads.
+    threading.Thread(target=_close, args=(files, opened), name="encfs-close", daemon=True).start()
 
 
 def open_artifact_by_reference(opening: Opening, served: Served | None = None) -> Artifact:

@@ -25,7 +25,7 @@ from encfs.errors import FormatError, NotFoundError, SourceError, UsageError
 from encfs.extract import ExtractResult, extract_tree
 from encfs.format.plaintext import Volume
 from encfs.format.readahead import ReadAhead
-from encfs.parallel import ParallelReader, Range
+from encfs.parallel import ParallelReader, Range, closed_error
 from encfs.progress import NoProgress, Progress
 
 
@@ -115,7 +115,7 @@ class Files:
     def _here(self) -> _Open:
         """What this process reads with. Raises: UsageError where nothing is open; what `after_fork` raises."""
         if self._closed:
-            raise UsageError("the artifact is closed", hint="read before it is closed, or open it again")
+            raise closed_error()
         if self._open.forks != _forks.count:
             with _forks.lock:
                 if self._open.forks != _forks.count:
@@ -205,6 +205,11 @@ class Files:
             return extract_tree(self._tree, ahead, Path(directory), progress or NoProgress())
         finally:
             ahead.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing can be read any more."""
+        return self._closed
 
     def close(self) -> bool:
         """End the threads that read; nothing can be read any more. False where this process has opened nothing.

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
+from encfs.errors import UsageError
 from encfs.format.plaintext import Volume
 from encfs.memory import populate
 
@@ -23,6 +24,11 @@ _INLINE_SIZE = 1 << 20
 _QUEUED = 64
 
 Range = tuple[int, memoryview]
+
+
+def closed_error() -> UsageError:
+    """What is said to readers of something that was closed."""
+    return UsageError("the artifact is closed", hint="read before it is closed, or open it again")
 
 
 def default_threads() -> int:
@@ -61,18 +67,21 @@ class ParallelReader:
             raise
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads. Readers that wait for them get UsageError; pieces that are being read are waited for."""
         with self._lock:
             self._closed = True
-            if self._pool is not None:
-                self._pool.shutdown(cancel_futures=True)
-                self._pool = None
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            # Not with cancel_futures: whoever waits for a piece would wait for ever. Each ends at once by itself.
+            pool.shutdown()
 
     def _fill(self, offset: int, buffer: memoryview) -> None:
         if self.volume.read_into(offset, buffer) != len(buffer):
             raise ValueError("the range to read ends beyond the image")
 
     def _fill_piece(self, offset: int, buffer: memoryview) -> None:
+        if self._closed:
+            raise closed_error()
         populate(buffer)
         self._fill(offset, buffer)
 
@@ -85,11 +94,19 @@ class ParallelReader:
                 self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="encfs-read")
             return self._pool
 
+    def _submit(self, pool: ThreadPoolExecutor, offset: int, buffer: memoryview) -> Future[None]:
+        try:
+            return pool.submit(self._fill_piece, offset, buffer)
+        except RuntimeError:
+            if self._closed:
+                raise closed_error() from None
+            raise
+
     def _fill_in_threads(self, pool: ThreadPoolExecutor, pieces: Iterator[Range]) -> None:
         waiting: set[Future[None]] = set()
         try:
             for offset, buffer in pieces:
-                waiting.add(pool.submit(self._fill_piece, offset, buffer))
+                waiting.add(self._submit(pool, offset, buffer))
                 if len(waiting) >= _QUEUED:
                     done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                     for future in done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import pickle
@@ -210,6 +211,54 @@ def test_what_is_read_after_the_end_starts_no_threads(stored: Stored) -> None:
     with pytest.raises(EncfsError):
         artifact.read("large.bin")
     assert threading.active_count() == before
+
+
+def test_closing_ends_reads_that_are_under_way(stored: Stored) -> None:
+    """Pieces that no thread had begun were dropped, and who waited for them waited for ever."""
+    ends: list[EncfsError] = []
+    artifact = stored.open(threads=2)
+    reading = threading.Barrier(5)
+
+    def read() -> None:
+        reading.wait(60)
+        try:
+            while True:
+                artifact.read("large.bin")
+        except EncfsError as error:
+            ends.append(error)
+
+    readers = [threading.Thread(target=read, daemon=True) for _ in range(4)]
+    for reader in readers:
+        reader.start()
+    reading.wait(60)
+    while artifact._opened.volumes[0].stats.bytes_read < 2 * LARGE:
+        time.sleep(0.001)
+    artifact.close()
+    for reader in readers:
+        reader.join(60)
+    assert len(ends) == 4
+
+
+def test_one_that_is_forgotten_is_closed(stored: Stored) -> None:
+    """Descriptors and threads would pile up in a process that runs for long."""
+
+    def held() -> tuple[int, int]:
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    gc.collect()
+    before = held()
+    for _ in range(3):
+        artifact = stored.open(threads=2)
+        artifact.read("large.bin")
+        file = artifact.open("small.txt")
+        assert file.read(3) == b"the"
+    assert held() > before
+    del artifact, file
+    deadline = time.monotonic() + 60
+    while any(now > then for now, then in zip(held(), before, strict=True)):
+        assert time.monotonic() < deadline
+        gc.collect()
+        time.sleep(0.01)
 
 
 def test_a_cancelled_read_is_not_waited_for(stored: Stored, monkeypatch: pytest.MonkeyPatch) -> None:
