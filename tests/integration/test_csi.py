@@ -17,7 +17,8 @@ from encfs.csi import csi_pb2 as csi
 from encfs.errors import EncfsError, PinError, TrustError, UsageError, WrongIdError
 from encfs.sidecar import SidecarConfig, load_config, narrow
 from tests.support.cluster import Node, Pod, artifacts, node, pod
-from tests.support.mounts import REPOSITORY, detach_all, is_mounted
+from tests.support.mounts import detach_all, is_mounted
+from tests.support.programs import csi_sanity
 from tests.support.registry import OciServer
 
 __all__ = ["artifacts", "node", "pod"]
@@ -208,8 +209,7 @@ def _restart(pod: Pod, ended: threading.Event) -> None:
 @pytest.mark.skipif(not OciServer.can_be_built(), reason="there is no Go 1.24 to build csi-sanity with")
 def test_csi_sanity(node: Node, pod: Pod) -> None:
     """The conformance suite of CSI: all of Identity and Node, volumes published ten times over among them."""
-    script = REPOSITORY / "scripts" / "build-csi-sanity"
-    program = subprocess.run([script], check=True, stdout=subprocess.PIPE, text=True, timeout=280).stdout.strip()
+    program = csi_sanity()
     controller = _Controller(node, pod)
     pod.target.parent.parent.mkdir(parents=True)
     # What is published is looked at: as in a pod, a sidecar is there, and is started again when its volume has ended.

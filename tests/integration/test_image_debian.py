@@ -25,7 +25,12 @@ from tests.support.container_images import Store
 from tests.support.image_layers import encrypt, open_encrypted, restore
 from tests.support.podman import running_podman
 
-pytestmark = [pytest.mark.root, pytest.mark.skipif(os.geteuid() != 0, reason="debootstrap and devices need root")]
+# Making the image takes as long as the mirror does.
+pytestmark = [
+    pytest.mark.timeout(900),
+    pytest.mark.root,
+    pytest.mark.skipif(os.geteuid() != 0, reason="debootstrap and devices need root"),
+]
 
 #: What the image runs: something that needs its interpreter, its libraries and its files.
 COMMAND = ["sh", "-c", "dpkg-query -W base-files && echo $ENCFS_TEST"]

@@ -214,7 +214,7 @@ def test_a_tag_that_moves_does_not_change_what_is_mounted(mounted: Mounted) -> N
     blobs = mounted.base / "store" / "blobs" / "sha256"
     (blobs / status["manifest_digest"].removeprefix("sha256:")).unlink()
     os.kill(later["pid"], signal.SIGKILL)
-    mounted.wait_for(lambda status: status["state"] == "failing" and "is gone" in status["reason"], 60)
+    mounted.wait_for(lambda status: status["state"] == "failing" and "is gone" in status["reason"])
     with pytest.raises(OSError, match="Input/output error"):
         mounted.read(descriptor, 0, 4096)
     os.close(descriptor)

@@ -195,7 +195,7 @@ class OciServer(Server):
     def program() -> str:
         """Its path, built if need be."""
         script = Path(__file__).parents[2] / "scripts/build-test-registry"
-        return subprocess.run([script], check=True, stdout=subprocess.PIPE, text=True, timeout=280).stdout.strip()
+        return subprocess.run([script], check=True, stdout=subprocess.PIPE, text=True, timeout=1800).stdout.strip()
 
 
 class DockerRegistry(Server):
