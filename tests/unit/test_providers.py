@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from encfs.keys.files import load_decryption_key
 from encfs.keys.jwk import PrivateKey
 from encfs.keys.jwkjson import private_jwk, public_jwk
 from encfs.keys.keyring import Keyring, create_keyring, parse_keyring
-from encfs.keys.providers import KeyProvider, known_schemes, provider_from_uri
+from encfs.keys.providers import _OWN, ENTRY_POINT_GROUP, KeyProvider, known_schemes, provider_from_uri
 from encfs.keys.providers import file as file_module
 from encfs.keys.providers import passphrase as passphrase_module
 from encfs.keys.providers.env import EnvProvider
@@ -145,6 +146,11 @@ def test_providers_of_other_packages(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert known_schemes().count("file") == 1
     with pytest.raises(KeyFileError, match=r"unknown key scheme \W*valut\W*; known are .*file, .*vault"):
         provider_from_uri("valut:x")
+
+
+def test_our_own_schemes_are_entry_points() -> None:
+    declared = {one.name: one.value for one in distribution("encfs").entry_points.select(group=ENTRY_POINT_GROUP)}
+    assert declared == {scheme: f"encfs.keys.providers.{scheme}:{name}" for scheme, name in _OWN.items()}
 
 
 def test_our_own_schemes_cost_no_look_at_what_is_installed() -> None:

@@ -1,7 +1,7 @@
 """Key URIs: `scheme:rest` names where the key comes from that opens an artifact; a plain path means `file:`.
 
-Our own schemes are listed here. Other packages add theirs by entry points of the group `encfs.key_providers`, which are
-looked through for a scheme that is none of ours: that takes a while, and nobody else gets to see what ours are given.
+A provider is an entry point of the group `encfs.key_providers`; other packages add theirs. Our own schemes are listed
+here as well: looking through all installed packages takes a while, and nobody else gets to see what ours are given.
 A provider's factory is a callable that takes the text behind `scheme:` and returns a `KeyProvider`; it does not touch
 the key yet and raises KeyFileError where the text is malformed. Making a provider is free of side effects: keys are
 read, prompts shown and machines asked when it first unwraps.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 ENTRY_POINT_GROUP = "encfs.key_providers"
-#: The factory of each scheme of ours, in the module of its name.
+#: The factory of each scheme of ours, in the module of its name: what our own entry points say.
 _OWN = {
     "cdh": "CdhProvider",
     "env": "EnvProvider",
