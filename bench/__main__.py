@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
@@ -52,21 +53,26 @@ def main() -> int:
     scale = QUICK if arguments.quick else FULL
     when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     comparisons: list[Comparison] = []
+    stem = arguments.output / f"{when.replace(':', '')}{'-quick' if arguments.quick else ''}"
+    draws = find_spec("matplotlib") is not None
+    if not draws:
+        say("matplotlib is not installed, so there will be no picture: pip install 'encfs[bench]'")
     with Workspace.create(arguments.directory, arguments.memory_directory) as workspace:
         machine, versions = describe_machine(workspace), describe_versions()
         keys = KeyFiles.make(workspace.memory)
         for name in arguments.only or _SUITES:
             say(f"suite {name}")
             comparisons += _SUITES[name](workspace, scale, keys)
-    stem = arguments.output / f"{when.replace(':', '')}{'-quick' if arguments.quick else ''}"
-    write_json(stem.with_suffix(".json"), when, machine, versions, comparisons)
-    draw(stem.with_suffix(".png"), _title(when, machine, versions), comparisons)
+            # A suite that fails takes nothing along of those before it.
+            write_json(stem.with_suffix(".json"), when, machine, versions, comparisons)
+    if draws:
+        draw(stem.with_suffix(".png"), _title(when, machine, versions), comparisons)
     print(_title(when, machine, versions))
     print(", ".join(f"{name} {version.removeprefix(name).strip()}" for name, version in versions.items()))
     print()
     print(markdown_table(comparisons))
     print()
-    print(f"{stem}.json, {stem}.png")
+    print(f"{stem}.json, {stem}.png" if draws else f"{stem}.json")
     return 0
 
 

@@ -58,7 +58,7 @@ def load_config(path: str) -> SidecarConfig:
         raise NotFoundError(f"the sidecar's configuration {path} does not exist") from None
     except OSError as error:
         raise StorageError(f"{path} cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"{path} is no TOML: {error}") from None
     return _parse(document, path)
 

@@ -96,13 +96,16 @@ def read_config(directory: Path) -> BrokerConfig:
         raise NotFoundError(
             f"{directory} is no broker's directory", hint=f"make one: imagetool broker init {directory}"
         )
-    content = path.read_bytes()[: _MAX_SIZE + 1]
+    with path.open("rb") as stream:
+        content = stream.read(_MAX_SIZE + 1)
+    if len(content) > _MAX_SIZE:
+        raise FormatError(f"{path} is larger than {_MAX_SIZE} bytes")
     try:
         members = tomllib.loads(content.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FormatError(f"{path} is not TOML: {error}") from None
-    if len(content) > _MAX_SIZE:
-        raise FormatError(f"{path} is larger than {_MAX_SIZE} bytes")
+    except RecursionError:
+        raise FormatError(f"{path} nests too deep") from None
     known = {one.name for one in fields(BrokerConfig)} - {"directory"}
     for name, value in members.items():
         if name not in known:

@@ -169,8 +169,9 @@ def _cause(status: int) -> str:
 
 
 def _end(workers: set[int]) -> None:
-    for pid in workers:
-        os.kill(pid, signal.SIGTERM)
+    for pid in list(workers):
+        if not _signal(pid, signal.SIGTERM):
+            workers.discard(pid)
     deadline = time.monotonic() + _GRACE + 2
     while workers and time.monotonic() < deadline:
         for pid in list(workers):
@@ -180,6 +181,15 @@ def _end(workers: set[int]) -> None:
     for pid in workers:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def _signal(pid: int, number: int) -> bool:
+    """Whether it is still a child: the signal that ends us may come between a worker's end and its being noted."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _fork(

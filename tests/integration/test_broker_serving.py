@@ -342,6 +342,8 @@ def test_what_init_refuses(tmp_path: Path, postgres: Postgres) -> None:
     for address in ("\udcff:80", f"{'a' * 300}:80", "nowhere.invalid:80"):
         imagetool("broker", "serve", tmp_path / "e", "--listen", address, code=2)
     imagetool("broker", "releases", tmp_path / "e", "--after", str(1 << 64), code=2)
+    (tmp_path / "e" / "broker.toml").write_text(f"kek = {'[' * 20_000}")
+    assert "nests too deep" in imagetool("broker", "key", "list", tmp_path / "e", code=10)["error"]["message"]
 
 
 # SNP

@@ -124,6 +124,7 @@ def test_only_the_star_stands_for_other_references() -> None:
         ('socket = "/s"\nreferences = ["a"]\nkeys = ["k"]\npins = ["sha256:00"]', "the pin"),
         ('socket = "/s"\nreferences = ["a"]\nkeys = ["k"]\nallow_unsigned = true', "unknown member"),
         ("\x00", "no TOML"),
+        (f"socket = {'[' * 20_000}", "no TOML"),
     ],
 )
 def test_configurations_that_are_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -257,5 +257,5 @@ def test_the_app_reads_what_only_the_sidecar_can_decrypt_and_outlives_its_daemon
         assert (said["wrong"], said["kept_errors"], said["fresh_errors"]) == (0, 0, 0)
         # About a second, most of which is starting Python; a machine that has more to do than it can takes longer.
         assert said["longest"] < 30.0, said
-        podman.run("stop", "--time", "10", "sidecar")
+        podman.run("stop", "--time", "60", "sidecar")
         assert podman.run("inspect", "--format", "{{.State.ExitCode}}", "sidecar").stdout.strip() == "0"

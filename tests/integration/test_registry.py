@@ -182,7 +182,7 @@ def test_large_blob_goes_in_chunks_and_a_small_one_whole(proxy: FaultProxy) -> N
 
 
 def test_uploads_in_the_background_fail_where_they_are_waited_for(proxy: FaultProxy) -> None:
-    with connected(proxy.host, "background", io_timeout=1.0) as registry:
+    with connected(proxy.host, "background") as registry:
         writer = registry.create_blob()
         writer.write(b"content")
         proxy.faults = [Fault(r"^POST", reply=(403, {}))]

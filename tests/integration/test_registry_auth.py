@@ -33,6 +33,7 @@ from tests.support.remote import (
     put_image,
     running,
 )
+from tests.support.waiting import LONG
 
 AUTH = b64_encode(f"{USERNAME}:{PASSWORD}".encode())
 
@@ -177,7 +178,8 @@ def test_helpers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_broken_helpers(script: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("encfs.oci.credentials._HELPER_SECONDS", 0.3)
+    # What ends is not to be ended.
+    monkeypatch.setattr("encfs.oci.credentials._HELPER_SECONDS", 0.3 if "sleep" in script else LONG)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     write_helper(tmp_path / "bin", "broken", script)
     write_json(tmp_path / "home/.docker/config.json", {"credsStore": "broken"})

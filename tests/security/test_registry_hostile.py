@@ -94,11 +94,11 @@ FEW = ("--plain-http", "--io-timeout", "1")
 
 
 def stream(head: bytes, piece: bytes, pause: float = 0.0) -> Callable[[_ProxyHandler], None]:
-    """Send something, then something else until the client has enough, or 40 seconds."""
+    """Send something, then something else until the client has enough, or two minutes."""
 
     def act(handler: _ProxyHandler) -> None:
         handler.close_connection = True
-        deadline = time.monotonic() + 40
+        deadline = time.monotonic() + 120
         with contextlib.suppress(OSError):
             handler.wfile.write(head)
             while time.monotonic() < deadline:
@@ -175,7 +175,7 @@ def test_answers_without_an_end() -> None:
             capture_output=True,
             text=True,
             check=False,
-            timeout=200,
+            timeout=280,
         )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -183,7 +183,7 @@ def test_answers_without_an_end() -> None:
         for number, (outcome, seconds) in enumerate(answers):
             # An answer to HEAD has no body, whatever its headers say: it is over before anything goes wrong.
             assert outcome in PASSING or (number == 1 and outcome in ("True", "False")), (kind, number, outcome)
-            assert seconds < 8, (kind, number, outcome)
+            assert seconds < 30, (kind, number, outcome)
     assert result["memory"] < MEMORY
 
 

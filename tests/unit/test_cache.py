@@ -26,6 +26,7 @@ from encfs.oci.cache import GRAIN, Cache, Tag, open_cache
 from encfs.oci.cachedblob import PART_SIZE, CachedBlob
 from encfs.oci.options import default_cache_dir
 from tests.support.nobody import as_nobody, nobodys_place
+from tests.support.waiting import wait_until
 
 MIB = 1 << 20
 SIZE = 3 * MIB + 17
@@ -345,11 +346,11 @@ def test_eviction_under_busy_readers_and_writers(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     time.sleep(1.5)
+    wait_until(lambda: reads[0] > 10)
     stopped.set()
     for thread in threads:
         thread.join()
     assert not wrong
-    assert reads[0] > 10
     assert allocated(cache) <= 3 * MIB
     cache.close()
 

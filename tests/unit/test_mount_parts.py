@@ -202,7 +202,7 @@ def test_installing_can_be_undone(monkeypatch: pytest.MonkeyPatch) -> None:
 # Going to the background. In a process of its own: pytest's may have threads.
 
 
-def in_background(body: str, timeout: float = 10.0) -> subprocess.CompletedProcess[str]:
+def in_background(body: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
     script = (
         "import os, sys, time, signal\n"
         "from encfs.errors import *\n"
@@ -216,7 +216,7 @@ def in_background(body: str, timeout: float = 10.0) -> subprocess.CompletedProce
         capture_output=True,
         text=True,
         check=False,
-        timeout=30,
+        timeout=120,
         cwd=Path(__file__).parents[2],
     )
 
@@ -237,8 +237,8 @@ def test_a_silent_end_is_an_error(body: str) -> None:
 
 def test_a_daemon_that_is_not_ready_in_time_is_ended(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
-    done = in_background(f"open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(60)", timeout=0.5)
-    assert done.stdout.startswith("MountError the mount is not ready within 0.5 seconds")
+    done = in_background(f"open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(600)", timeout=3.0)
+    assert done.stdout.startswith("MountError the mount is not ready within 3 seconds")
     assert wait_for_end(int(pid_file.read_text()))
 
 
