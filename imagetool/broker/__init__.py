@@ -10,6 +10,7 @@
 | `rollback` | the epoch's high-water mark in a TPM |
 | `policy`, `policyfields` | the policy file |
 | `log` | the hash-chained log of decisions |
+| `refusals` | refused evidence in the log: one by one up to a limit, then counted |
 | `sessions`, `tickets` | sessions and nonces; the cookie and the token that a client has of one |
 | `lookups` | what a request needs of the database; counting releases |
 | `decisions` | evidence and policy against a request: the one place that says yes |

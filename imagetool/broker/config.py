@@ -80,11 +80,6 @@ class BrokerConfig:
     def endorsements_path(self) -> Path | None:
         return self.path(self.endorsements) if self.endorsements is not None else None
 
-    @property
-    def runtime(self) -> Path:
-        """A directory for what lives no longer than the processes that serve."""
-        return self.path("run")
-
     def path(self, name: str) -> Path:
         return self.directory / name
 

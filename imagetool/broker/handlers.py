@@ -30,7 +30,7 @@ from encfs.kbs.resource import resource_document
 from encfs.keys.secrets import wipe
 from encfs.strictjson import loads_object
 from encfs.trust import KeyBinding
-from imagetool.broker import log, sessions, state
+from imagetool.broker import log, refusals, sessions, state
 from imagetool.broker.database import Database
 from imagetool.broker.decisions import Because, Decision, Wanted, decide, judge_genuineness, logged_claims
 from imagetool.broker.endorsements import EndorsementDirectory
@@ -188,13 +188,14 @@ class Broker:
         return [one.collateral for one in self._endorsements.store.collateral]
 
     async def purge(self) -> int:
-        """Delete expired sessions, and look at the database's clock; how many sessions are left."""
+        """Delete expired sessions, log what was counted, look at the database's clock; how many sessions are left."""
 
         def work(connection: Connection) -> tuple[int, int]:
             now = self._database.now(connection)
+            refusals.settle(connection, self._vault, now)
             return now - _machine_time(), sessions.purge(connection, now)
 
-        self._ahead, left = await self._writer.run(work)
+        self._ahead, left = await self._writer.run(work, durable=True)
         self._crowded = left >= self._settings.max_sessions
         return left
 
@@ -295,7 +296,15 @@ class Broker:
                 return sessions.attest(connection, session, offered)
             is_first = sessions.refuse(connection, session)
             if is_first:
-                self._log_refused_evidence(connection, _about(session, offered, client), reasons, claims)
+                refusals.note(
+                    connection,
+                    self._vault,
+                    now=self._database.now(connection),
+                    client=client,
+                    tee=session.tee,
+                    reasons=[one.to_json() for one in reasons],
+                    members={**_about(session, offered, client), "claims": claims},
+                )
             return is_first
 
         outcome = await self._writer.run(work, durable=bool(reasons))
@@ -383,22 +392,6 @@ class Broker:
             },
         )
         return decision
-
-    def _log_refused_evidence(
-        self,
-        connection: Connection,
-        about: Mapping[str, object],
-        reasons: list[Because],
-        claims: Mapping[str, object],
-    ) -> None:
-        log.append(
-            connection,
-            self._vault,
-            time=self._database.now(connection),
-            event="refused-evidence",
-            path="",
-            members={**about, "reasons": [one.to_json() for one in reasons], "claims": claims},
-        )
 
 
 def _machine_time() -> int:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from encfs.attestation.evidence import Collateral
 from encfs.errors import StorageError
+from encfs.mount.runtime import ENVIRONMENT_VARIABLE, runtime_directory
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -28,28 +29,31 @@ _PREFIX = "metrics-"
 
 
 @contextmanager
-def prepared(runtime: Path) -> Iterator[None]:
-    """A directory in `runtime` for the values of all processes that are forked within, removed at the end.
+def prepared() -> Iterator[None]:
+    """A directory for the values of all processes that are forked within, removed at the end.
 
-    It is locked as long as one of them lives: those of brokers that were killed are removed, and no others.
+    It is in the user's runtime directory, in memory as a rule, and not on the database's disk: files that are mapped
+    and cannot grow end a process. It is locked as long as one of the processes lives: those of brokers that were killed
+    are removed, and no others.
 
     Raises: StorageError.
     """
     if "prometheus_client" in sys.modules:
         raise RuntimeError("prometheus-client was imported too early")
+    brokers = runtime_directory() / "broker"
     try:
-        runtime.mkdir(mode=0o700, exist_ok=True)
-        with _opened(runtime) as all_of_them:
+        brokers.mkdir(mode=0o700, exist_ok=True)
+        with _opened(brokers) as all_of_them:
             fcntl.flock(all_of_them, fcntl.LOCK_EX)
-            for left in runtime.glob(f"{_PREFIX}*"):
+            for left in brokers.glob(f"{_PREFIX}*"):
                 _remove_unused(left)
-            directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=runtime))
+            directory = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=brokers))
             lock = os.open(directory, _OPEN)
             fcntl.flock(lock, fcntl.LOCK_EX)
     except OSError as error:
         raise StorageError(
-            f"{runtime}, for what the broker's processes count, cannot be used: {error.strerror}",
-            hint="the broker's directory has to be writable, or a file system for temporary files be mounted there",
+            f"{brokers}, for what the broker's processes count, cannot be used: {error.strerror}",
+            hint=f"name another runtime directory in {ENVIRONMENT_VARIABLE}",
         ) from None
     os.environ[_DIRECTORY] = str(directory)
     try:

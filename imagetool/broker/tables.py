@@ -69,6 +69,16 @@ SESSIONS = Table(
     Index("sessions_by_expiry", "expires"),
 )
 
+#: Refused evidence of an interval (`refusals.py`): entries of the log, by address; those without, by TEE and reason.
+REFUSALS = Table(
+    "refusals",
+    METADATA,
+    Column("interval", BigInteger, primary_key=True, autoincrement=False),
+    Column("kind", String(16), primary_key=True),
+    Column("name", String(64), primary_key=True),
+    Column("count", BigInteger, nullable=False),
+)
+
 #: The log: what was decided and why (`log.py`).
 DECISIONS = Table(
     "decisions",

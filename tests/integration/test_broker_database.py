@@ -16,9 +16,11 @@ import pytest
 
 from encfs.kbs import jwe
 from imagetool.broker.opening import open_broker
+from imagetool.broker.refusals import MAX_OF_ADDRESS
 from imagetool.broker.sessions import begin
 from imagetool.broker.tickets import write_cookie
 from tests.support.broker import (
+    BIN,
     PATH,
     Handshake,
     copied,
@@ -136,6 +138,39 @@ def test_a_full_database(tmp_path: Path) -> None:
         imagetool("broker", "releases", directory, "--verify")
     finally:
         subprocess.run(["umount", place], check=True)
+
+
+def test_refused_evidence_does_not_fill_the_log(tmp_path: Path) -> None:
+    """Somebody without a TEE sends without end: so many entries in an hour, then a number."""
+    directory = make_broker(tmp_path / "b")
+    sent = MAX_OF_ADDRESS + 15
+    with serving(directory) as broker:
+        for _ in range(sent):
+            client = Handshake(broker.url, broker.ca, evidence=lambda _data: {"svn": "1", "report_data": "AAAA"})
+            answer = client.begin().attest()
+            assert (answer.status, answer.kind) == (401, "AttestationFailed")
+            # Whether it has an entry of its own or not: the nonce is used up.
+            assert client.attest().kind == "SessionNotFound"
+        # What genuine evidence is refused has its entry all the same, and so has what is released.
+        assert Handshake(broker.url, broker.ca).attested().resource("other/key/chat").status == 401
+        assert Handshake(broker.url, broker.ca).attested().resource().status == 200
+        log = imagetool("broker", "releases", directory)["entries"]
+        assert [one["event"] for one in log[3:]] == ["refused-evidence"] * MAX_OF_ADDRESS + ["refused", "released"]
+        # The hour is over.
+        with sqlite3.connect(directory / "broker.db") as connection:
+            connection.execute("UPDATE refusals SET interval = interval - 1")
+
+        def last() -> dict[str, object]:
+            found: dict[str, object] = imagetool("broker", "releases", directory)["entries"][-1]
+            return found
+
+        wait_until(lambda: last()["event"] == "refused-evidence-counted")
+        assert last()["counts"] == [{"tee": "sample", "code": "report-data", "count": 15}]
+    imagetool("broker", "releases", directory, "--verify")
+    shown = subprocess.run(
+        [BIN / "imagetool", "broker", "releases", directory], capture_output=True, text=True, check=True
+    )
+    assert "15 more of sample (report-data)" in shown.stdout.splitlines()[-1]
 
 
 def test_a_database_that_was_altered_serves_nobody(tmp_path: Path) -> None:

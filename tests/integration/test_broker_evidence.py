@@ -8,6 +8,7 @@ says about the same evidence is asked of the place that decides, with the bindin
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import shutil
 import sys
@@ -35,6 +36,7 @@ FIXTURES = Path(__file__).parents[2] / "fixtures" / "evidence"
 NOW = datetime(2025, 6, 20, tzinfo=UTC)
 TDX_DAY = "tdx/quote-v4-collateral.json"
 SGX_DAY = "sgx/quote-v3-collateral.json"
+ADDRESSES = itertools.count(1)
 TPM = json.loads((FIXTURES / "tpm" / "evidence.json").read_text())
 AK = b64_encode(b64_decode(TPM["ak_public"], "ak_public"))
 RULES = "".join(
@@ -81,7 +83,9 @@ def refused(broker: Served, evidence: Evidence | dict[str, Any], tee: str | None
     else:
         document = evidence
     assert tee is not None
-    client = Handshake(broker.url, broker.ca, tee=tee, evidence=lambda _data: document).begin()
+    # Of one address only so many are in the log one by one.
+    source = f"127.0.1.{next(ADDRESSES)}"
+    client = Handshake(broker.url, broker.ca, tee=tee, evidence=lambda _data: document, source=source).begin()
     answer = client.attest()
     assert (answer.status, answer.kind) == (401, "AttestationFailed")
     for path in (PATH, f"{tee}/key/chat"):

@@ -195,12 +195,14 @@ def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
         wait_until(lambda: not any(_runs(pid) for pid in workers))
 
 
-def test_what_is_left_of_a_killed_broker_is_cleared(tmp_path: Path) -> None:
+def test_what_is_left_of_a_killed_broker_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What its processes counted is in files: those of brokers that are gone are removed, and no others."""
     directory = make_broker(tmp_path / "b")
 
+    monkeypatch.setenv("ENCFS_RUNTIME_DIR", str(tmp_path / "run"))
+
     def left() -> set[Path]:
-        return set((directory / "run").iterdir())
+        return set((tmp_path / "run" / "broker").iterdir())
 
     with serving(directory) as killed:
         wait_until(lambda: len(killed.workers()) == 2)

@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 #: The newest revision, so that a server need not load alembic to see that it is up to date.
-HEAD = "0001"
+HEAD = "0002"

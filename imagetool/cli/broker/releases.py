@@ -75,6 +75,9 @@ def _line(entry: dict[str, object]) -> str:
         words.append(f"{entry['tee']} from {entry['client']}")
     if entry.get("version") is not None:
         words.append(f"version {entry['version']}")
+    counts = entry.get("counts")
+    if isinstance(counts, list):
+        words += [f"{one.get('count')} more of {one.get('tee')} ({one.get('code')})" for one in counts]
     reasons = entry.get("reasons")
     if isinstance(reasons, list) and reasons:
         words.append("because " + "; ".join(str(one.get("message")) for one in reasons if isinstance(one, dict)))

@@ -48,7 +48,7 @@ def command(
 
     host, port = split_address(listen)
     options = ServeOptions(host, port, plain_http, demo, workers if workers is not None else default_workers())
-    with opened(directory) as broker, prepared(broker.config.runtime):
+    with opened(directory) as broker, prepared():
         endorsements = prepare(broker)
         if not plain_http:
             server_context(broker.config)
