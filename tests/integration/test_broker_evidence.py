@@ -29,8 +29,9 @@ from imagetool.broker.decisions import Wanted, decide
 from imagetool.broker.endorsements import EndorsementDirectory, EndorsementStore
 from imagetool.broker.policy import parse_policy
 from imagetool.broker.state import KEY, Entry
-from tests.support.broker import PATH, Handshake, Served, configure, imagetool, make_broker, serving, wait_until
+from tests.support.broker import PATH, Handshake, Served, configure, imagetool, make_broker, serving
 from tests.support.documented import assert_as_documented
+from tests.support.waiting import wait_until
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "evidence"
 NOW = datetime(2025, 6, 20, tzinfo=UTC)
