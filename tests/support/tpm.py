@@ -9,13 +9,21 @@ import os
 import shutil
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support.waiting import wait_until
+
 SWTPM = shutil.which("swtpm")
+
+
+def is_listening(path: Path) -> bool:
+    """Whether somebody accepts connections at a socket: its file is there a moment before."""
+    accepting = 0x10000  # __SO_ACCEPTCON of the kernel's net/unix
+    rows = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    return any(len(row) == 8 and row[7] == str(path) and int(row[3], 16) & accepting for row in rows)
 
 
 class SoftwareTpm:
@@ -44,11 +52,13 @@ class SoftwareTpm:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        deadline = time.monotonic() + 60
-        while not all(one.exists() for one in sockets):
-            assert self._process.poll() is None, "swtpm ended"
-            assert time.monotonic() < deadline, "swtpm does not start"
-            time.sleep(0.01)
+        process = self._process
+
+        def listens() -> bool:
+            assert process.poll() is None, "swtpm ended"
+            return all(map(is_listening, sockets))
+
+        wait_until(listens)
 
     def stop(self) -> None:
         if self._process is not None:
