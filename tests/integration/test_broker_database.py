@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ import sqlite3
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,38 @@ def test_a_full_database(tmp_path: Path) -> None:
         imagetool("broker", "releases", directory, "--verify")
     finally:
         subprocess.run(["umount", place], check=True)
+
+
+def test_no_release_outlives_its_session_when_the_power_fails(tmp_path: Path) -> None:
+    """A session's row is not forced onto the disk, a release is: whatever of the write-ahead log is left, a nonce that
+    is usable again has released nothing."""
+    directory = make_broker(tmp_path / "b")
+    with serving(directory) as broker:
+        for _ in range(3):
+            first, second = (Handshake(broker.url, broker.ca).attested() for _ in range(2))
+            for client in (second, first, second):
+                assert client.resource().status == 200
+        database, log = (directory / f"broker.db{suffix}" for suffix in ("", "-wal"))
+        main, written = database.read_bytes(), log.read_bytes()
+    # The log's header, and frames of a page each (SQLite's file format, section 4.1); what is cut off is not replayed.
+    page = int.from_bytes(written[8:12])
+    seen = set()
+    for end in range(32, len(written) + 1, 24 + page):
+        (tmp_path / "left.db").write_bytes(main)
+        (tmp_path / "left.db-wal").write_bytes(written[:end])
+        with closing(sqlite3.connect(tmp_path / "left.db")) as left:
+            spent = {_public_name(identity) for (identity,) in left.execute("SELECT id FROM sessions")}
+            entries = [json.loads(text) for (text,) in left.execute("SELECT entry FROM decisions")]
+        released = {one["session"] for one in entries if one["event"] == "released"}
+        assert released <= spent
+        seen.add((len(spent), len(released)))
+    # All of the way was looked at, sessions without a release as well.
+    assert {(0, 0), (2, 0), (2, 1), (6, 6)} <= seen
+
+
+def _public_name(identity: str) -> str:
+    """What names a session in the log (`Session.public_name`)."""
+    return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
 def test_refused_evidence_does_not_fill_the_log(tmp_path: Path) -> None:
