@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import lru_cache
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -304,26 +305,18 @@ def _choose(findings: Findings, report: SnpReport, certificates: Sequence[bytes]
 def _signed_by(report: SnpReport, key: ec.EllipticCurvePublicKey) -> bool:
     if any(report.signature_r[_COMPONENT_SIZE:] + report.signature_s[_COMPONENT_SIZE:] + report.signature_reserved):
         return False
-    seen = (report.raw, key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint))
-    found = _SEEN.get(seen)
-    if found is None:
-        found = _SEEN[seen] = _holds(report, key)
-        if len(_SEEN) > _MAX_SEEN:
-            _SEEN.pop(next(iter(_SEEN)), None)
-    return found
-
-
-#: Whether a report is signed by the P-384 key at a point. Kept: a broker looks at the same report when a session
-#: attests, and again at each key that it asks for. The oldest go first.
-_SEEN: dict[tuple[bytes, bytes], bool] = {}
-_MAX_SEEN = 512
-
-
-def _holds(report: SnpReport, key: ec.EllipticCurvePublicKey) -> bool:
     r = int.from_bytes(report.signature_r, "little")
     s = int.from_bytes(report.signature_s, "little")
+    return _holds(report.raw[:_SIGNED_SIZE], r, s, key.public_bytes(Encoding.X962, PublicFormat.UncompressedPoint))
+
+
+# Kept: a broker looks at the same report when a session attests, and again at each key that it asks for.
+@lru_cache(maxsize=512)
+def _holds(signed: bytes, r: int, s: int, point: bytes) -> bool:
+    """Whether the P-384 key at a point has signed."""
+    key = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP384R1(), point)
     try:
-        key.verify(encode_dss_signature(r, s), report.raw[:_SIGNED_SIZE], ec.ECDSA(SHA384()))
+        key.verify(encode_dss_signature(r, s), signed, ec.ECDSA(SHA384()))
     except InvalidSignature:
         return False
     return True
