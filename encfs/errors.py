@@ -215,3 +215,11 @@ class EvidenceRefusedError(EncfsError):
     """Evidence is not genuine, or does not show what the policy asks for."""
 
     exit_code = 61
+
+
+def error_named(name: object, message: str, hint: str | None) -> EncfsError:
+    """The error that another process of this project tells of; a MountError where there is none of that name."""
+    kind = globals().get(name) if isinstance(name, str) else None
+    if not isinstance(kind, type) or not issubclass(kind, EncfsError):
+        kind = MountError
+    return kind(message, hint=hint)

@@ -12,8 +12,7 @@ import os
 import socket
 import struct
 
-from encfs import errors
-from encfs.errors import EncfsError, MountError
+from encfs.errors import EncfsError, MountError, error_named
 
 _LENGTH = struct.Struct("=I")
 #: A spec holds an image's environment and arguments, which its config bounds.
@@ -66,10 +65,7 @@ def error_message(error: EncfsError) -> bytes:
 def parse_error(content: bytes) -> EncfsError:
     """The error that a message tells of."""
     message = json.loads(content)
-    kind = getattr(errors, message["error"], None)
-    if not isinstance(kind, type) or not issubclass(kind, EncfsError):
-        kind = MountError
-    return kind(message["message"], hint=message["hint"])
+    return error_named(message["error"], message["message"], message["hint"])
 
 
 def close_all_but(kept: int) -> None:

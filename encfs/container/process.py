@@ -11,6 +11,8 @@ import sys
 from types import TracebackType
 from typing import Self
 
+from encfs.errors import MountError
+
 #: Seconds that it gets to end when it is not to be any more.
 _PATIENCE = 5.0
 
@@ -19,11 +21,16 @@ class ContainerProcess:
     """A context manager: nothing of the container is left at the end. `channel` leads to it."""
 
     def __init__(self) -> None:
+        """Raises: MountError where the system lets no process be started."""
         ours, theirs = socket.socketpair()
         self.channel = ours
         with theirs:
             words = [sys.executable, "-I", "-m", "encfs.container.init", str(theirs.fileno())]
-            self._process = subprocess.Popen(words, env={}, pass_fds=[theirs.fileno()], close_fds=True)
+            try:
+                self._process = subprocess.Popen(words, env={}, pass_fds=[theirs.fileno()], close_fds=True)
+            except OSError as error:
+                ours.close()
+                raise MountError(f"the container's process cannot be started: {error.strerror}") from None
         self.pid = self._process.pid
 
     def __enter__(self) -> Self:

@@ -30,6 +30,7 @@ from encfs.mount.session import initialise
 #: What the terminal sends to the whole foreground process group, and so to the command as well.
 _FROM_TERMINAL = frozenset({signal.SIGINT, signal.SIGQUIT})
 _PASSED_ON = (*_FROM_TERMINAL, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_NO_WORD = "the container's process ended without a word"
 #: Requests under way at the same time.
 _MAX_TASKS = 64
 
@@ -50,9 +51,10 @@ def serve(
     SIGTERM is passed on as `stop_signal`. Raises: MountError where the container's process fails.
     """
     content, served = channels.receive(process.channel)
+    if served is None and not content:
+        raise MountError(_NO_WORD)
     if served is None:
-        error = channels.parse_error(content) if content else MountError("the container's process ended without a word")
-        return Outcome(process.wait(), error)
+        return Outcome(process.wait(), channels.parse_error(content))
     filesystem = ImageFilesystem(contents, FailureLog())
     with _serving(filesystem, served):
         return trio.run(_run, process, spec, stop_signal)
@@ -60,23 +62,40 @@ def serve(
 
 async def _run(process: ContainerProcess, spec: Spec, stop_signal: int) -> Outcome:
     running = trio.Event()
-    async with trio.open_nursery() as nursery:
-        await nursery.start(_pass_signals_on, process, running, stop_signal)
-        nursery.start_soon(_answer)
+    content, failure = b"", None
+    # Before anybody may learn of its end: from then on, its number is nobody's.
+    watched = os.pidfd_open(process.pid)
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(_pass_signals_on, process, running, stop_signal)
+            nursery.start_soon(_answer)
+            try:
+                content = await _begin(process, spec)
+            except MountError as error:
+                failure = error
+                process.signal(signal.SIGKILL)
+            running.set()
+            await trio.lowlevel.wait_readable(watched)
+            nursery.cancel_scope.cancel()
+    finally:
+        os.close(watched)
+    code = process.wait()
+    if failure is not None:
+        return Outcome(failure.exit_code, failure)
+    return Outcome(code, channels.parse_error(content) if content else None)
+
+
+async def _begin(process: ContainerProcess, spec: Spec) -> bytes:
+    """Say what is wanted: nothing is answered where the command runs. Raises: MountError."""
+    try:
         channels.send(process.channel, spec.to_json())
         gc.collect()
         gc.freeze()
         await trio.lowlevel.wait_readable(process.channel)
-        # The end of the channel: the command runs.
         content, _ = channels.receive(process.channel)
-        running.set()
-        watched = os.pidfd_open(process.pid)
-        try:
-            await trio.lowlevel.wait_readable(watched)
-        finally:
-            os.close(watched)
-        nursery.cancel_scope.cancel()
-    return Outcome(process.wait(), channels.parse_error(content) if content else None)
+    except OSError:
+        raise MountError(_NO_WORD) from None
+    return content
 
 
 async def _answer() -> None:

@@ -15,8 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
-from encfs import errors
-from encfs.errors import EncfsError, MountError
+from encfs.errors import EncfsError, MountError, error_named
 from encfs.hardening import protect_keys
 
 _MAX_REPORT = 1 << 20
@@ -116,8 +115,7 @@ def _await_report(descriptor: int, timeout: float) -> Mapping[str, object]:
     if "ready" in message:
         ready: Mapping[str, object] = message["ready"]
         return ready
-    kind = getattr(errors, message["error"], MountError)
-    raise kind(message["message"], hint=message["hint"])
+    raise error_named(message["error"], message["message"], message["hint"])
 
 
 def _read_before(descriptor: int, deadline: float) -> bytes:

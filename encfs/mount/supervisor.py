@@ -20,8 +20,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from encfs import errors
-from encfs.errors import EncfsError, MountError
+from encfs.errors import EncfsError, MountError, error_named
 from encfs.mount.background import Report, run_in_background
 from encfs.mount.client import clear_leftovers, is_abandoned
 from encfs.mount.daemon import READY_TIMEOUT
@@ -296,8 +295,7 @@ class Supervisor:
             case {"event": "ready"}:
                 daemon.ready = True
             case {"event": "failed", "error": str(name), "message": str(text), "hint": str() | None as hint}:
-                kind = getattr(errors, name, MountError)
-                daemon.error = kind(text, hint=hint)
+                daemon.error = error_named(name, text, hint)
 
     # The control socket
 

@@ -385,3 +385,34 @@ def test_what_does_not_verify_is_an_input_error_and_said(images: Images, tmp_pat
     done = Images(tmp_path).sh("cat /bin/busybox >/dev/null")
     assert done.returncode != 0
     assert "stored bytes are not what the root commits to" in done.stderr
+
+
+#: The container's process is killed when it has handed over the device, and nobody serves it yet.
+_KILLED_EARLY = """
+import array, fcntl, os, signal, termios, time
+from types import SimpleNamespace
+from encfs.container.process import ContainerProcess
+from encfs.container.serve import serve
+from encfs.container.spec import Spec
+from encfs.errors import MountError
+
+spec = Spec(("true",), {}, "0", "/", (), (), False, False, False, 1, "fuse")
+with ContainerProcess() as process:
+    waiting = array.array("i", [0])
+    while waiting[0] < 8:
+        time.sleep(0.01)
+        fcntl.ioctl(process.channel, termios.FIONREAD, waiting)
+    process.signal(signal.SIGKILL)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    contents = SimpleNamespace(image=SimpleNamespace(root=36), bind_to_loop=lambda: None)
+    outcome = serve(process, contents, spec)
+assert outcome.code == MountError.exit_code, outcome
+assert "ended without a word" in outcome.error.message
+"""
+
+
+def test_a_container_that_is_killed_before_it_begins_is_an_error_of_ours() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED_EARLY], capture_output=True, text=True, timeout=LONG, check=False
+    )
+    assert done.returncode == 0, done.stderr

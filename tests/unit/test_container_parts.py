@@ -180,6 +180,7 @@ def test_messages_with_and_without_a_descriptor() -> None:
         assert receive(theirs) == (b"", None)
 
 
-def test_an_error_of_no_kind_of_ours_is_a_mount_error() -> None:
-    message = json.dumps({"error": "ClassVar", "message": "odd", "hint": None}).encode()
+@pytest.mark.parametrize("name", ["ClassVar", "annotations", "error_named", "__name__", "None", None])
+def test_an_error_of_no_kind_of_ours_is_a_mount_error(name: str | None) -> None:
+    message = json.dumps({"error": name, "message": "odd", "hint": None}).encode()
     assert isinstance(parse_error(message), MountError)
