@@ -18,7 +18,7 @@ from typing import Protocol
 from urllib.parse import quote
 
 from encfs.attestation.kbs import digest_of_json
-from encfs.errors import FormatError, IntegrityError, KeyProviderError, TransportError
+from encfs.errors import FormatError, IntegrityError, KeyProviderError, KeyRefusedError, TransportError
 from encfs.kbs import jwe, protocol
 from encfs.kbs.protocol import ResourcePath
 from encfs.keys.jwk import PrivateKey
@@ -74,8 +74,9 @@ def fetch_resource(
 
     `content_digest` names the artifact that it is wanted for, so that the server's policy and log can know it.
 
-    Raises: KeyProviderError, saying what the server said, where it refuses or cannot be reached in time, or where its
-    answers break the protocol; KeyFileError for an unusable CA file; what `source` raises.
+    Raises: KeyRefusedError, saying what the server said, where its policy or verifier refuses; KeyProviderError where
+    it cannot be reached in time or does not have it, or where its answers break the protocol; KeyFileError for an
+    unusable CA file; what `source` raises.
     """
     deadline = Deadline(options.timeout)
     context = tls_context(options.ca_file) if any(one.scheme == "https" for one in options.addresses) else None
@@ -159,7 +160,7 @@ def _post(client: WebClient, step: str, message: Mapping[str, object], headers: 
 
 
 def _object(client: WebClient, answer: Answer, what: str) -> dict[str, object]:
-    """The body of an answer that is a success. Raises: KeyProviderError for a refusal, _TryAgainError, FormatError."""
+    """The body of an answer that is a success. Raises: KeyProviderError, _TryAgainError, FormatError."""
     if answer.status == 200:
         return loads_object(answer.body, limit=protocol.MAX_MESSAGE, what=what)
     error = protocol.parse_error(answer.body)
@@ -169,7 +170,9 @@ def _object(client: WebClient, answer: Answer, what: str) -> dict[str, object]:
     # Trustee answers 401 to nearly everything, a session that it lost by a restart included.
     if answer.status == 401 and error.kind not in (protocol.ERROR_DENIED, protocol.ERROR_EVIDENCE):
         raise _TryAgainError(said, unclear=True)
-    raise KeyProviderError(f"the key broker refused: {said}", hint="the broker's log of releases says why")
+    # By its policy, as every provider says it; anything else is a request that it does not take.
+    kind = KeyRefusedError if error.kind in (protocol.ERROR_DENIED, protocol.ERROR_EVIDENCE) else KeyProviderError
+    raise kind(f"the key broker refused: {said}", hint="the broker's log of releases says why")
 
 
 def _session(answer: Answer) -> str:

@@ -95,7 +95,7 @@ def test_owner_and_consumer(tmp_path: Path, database: str) -> None:
         assert [(one["version"], one["consumer"]) for one in released["refused"]] == [(1, "address 127.0.0.1")]
 
         refused = encfs("cat", "oci:store:v1", "file", "-k", broker.uri(), *trust)
-        assert (refused.returncode, refused.stdout) == (23, "")
+        assert (refused.returncode, refused.stdout) == (24, "")
         assert "does not allow it (floor)" in refused.stderr
         assert encfs("cat", "oci:store:v2", "file", "-k", broker.uri(), *trust).stdout == "plaintext"
         # Nobody goes back, the owner neither; in an archive it is the same artifact.

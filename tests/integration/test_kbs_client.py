@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from encfs.errors import EncfsError, KeyFileError, KeyProviderError
+from encfs.errors import EncfsError, KeyFileError, KeyProviderError, KeyRefusedError
 from encfs.keys.keyring import create_keyring, parse_keyring
 from encfs.keys.providers import provider_from_uri
 from encfs.keys.providers.kbs import KbsProvider
@@ -107,14 +107,14 @@ def test_without_the_authority_nothing_is_said(server: KbsServer) -> None:
 
 def test_a_denied_key_is_final(server: KbsServer, certificate: tuple[Path, Path]) -> None:
     server.denied.add(PATH)
-    with pytest.raises(KeyProviderError, match="the policy does not allow it"):
+    with pytest.raises(KeyRefusedError, match="the policy does not allow it"):
         opened(provider(server, certificate))
     assert server.asked.count("auth") == 1
 
 
 def test_refused_evidence_is_final(server: KbsServer, certificate: tuple[Path, Path]) -> None:
     server.faults["attest"] = lambda _: error(401, "AttestationFailed", "another measurement")
-    with pytest.raises(KeyProviderError, match="another measurement"):
+    with pytest.raises(KeyRefusedError, match="another measurement"):
         opened(provider(server, certificate))
     assert server.asked == ["auth", "attest"]
 

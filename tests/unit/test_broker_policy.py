@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from encfs.attestation.policy import EvidencePolicy, SnpTcbFloor
 from encfs.errors import FormatError
 from imagetool.broker.policy import parse_policy
 from imagetool.broker.policyfields import EVIDENCE_FIELDS
+from tests.support.shell import Shell
 
 WHOLE = f"""
 [key."default/key/chat"]
@@ -152,3 +154,12 @@ min_version = 0
     assert other.digest != rule.digest
     # What is written as it would be without being written is the same rule.
     assert parse_policy(text + "allow_debug = false\nmax_vmpl = 0\n").rules["a/b/c"].digest == rule.digest
+
+
+def test_the_command_shows_a_policy_as_people_write_it(tmp_path: Path) -> None:
+    values = ["00" * 32, "11" * 32]
+    rule = f'tee = "az-snp-vtpm"\nmeasurements = ["{"22" * 48}"]\npcrs.7 = {values}\nallow_debug = true\n'
+    (tmp_path / "policy.toml").write_text(f'[key."a/b/*"]\n{rule}')
+    shown = Shell(tmp_path).ok("imagetool", "broker", "policy", "check", "policy.toml")
+    assert f"  pcrs  7 = {' or '.join(values)}\n" in shown
+    assert "  allow_debug  true\n" in shown

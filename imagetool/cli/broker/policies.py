@@ -95,9 +95,16 @@ def _warn(terminal: Terminal, policy: Policy) -> None:
 
 
 def _shown(value: object) -> str:
+    """As a policy has it: alternatives side by side, members with their names."""
     if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return str(value)
+        return ", ".join(map(_shown, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{name} = {' or '.join(_shown(one) for one in _listed(of))}" for name, of in value.items())
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _listed(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
 
 
 add_command(app, "set", set_policy)
