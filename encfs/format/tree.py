@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
 from encfs.errors import FormatError, IntegrityError
+from encfs.format.frames import KNOWN_FLAGS, stored_size_is_possible
 from encfs.format.suite import HASH_SIZE, Suite
 from encfs.oci.blobs import Blob, BlobWriter
 
@@ -54,6 +55,15 @@ class FrameLocation(NamedTuple):
     stored: int
     segment: int
     flags: int
+
+    def is_possible(self, segment_sizes: Sequence[int], length: int) -> bool:
+        """Whether it lies within its segment, and can be of a frame of `length` plaintext bytes (format.md, "Tree")."""
+        return (
+            self.segment < len(segment_sizes)
+            and self.offset + self.stored <= segment_sizes[self.segment]
+            and not self.flags & ~KNOWN_FLAGS
+            and stored_size_is_possible(self.stored, length, self.flags)
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from encfs.encoding import parse_digest
 from encfs.errors import FormatError, IntegrityError
 from encfs.format.descriptor import VolumeDescriptor
-from encfs.format.frames import KNOWN_FLAGS, stored_size_is_possible
 from encfs.format.suite import Suite
 from encfs.format.tree import FrameLocation, TreeReader, leaf_hash
 from encfs.oci.blobs import Blob
@@ -85,12 +84,7 @@ def _runs(descriptor: VolumeDescriptor, reader: TreeReader, limit: int) -> Itera
     first = end = 0
     for index in range(descriptor.frames):
         location = reader.locate(index)
-        if location is None or (
-            location.segment >= len(sizes)
-            or location.offset + location.stored > sizes[location.segment]
-            or location.flags & ~KNOWN_FLAGS
-            or not stored_size_is_possible(location.stored, geometry.length(index), location.flags)
-        ):
+        if location is None or not location.is_possible(sizes, geometry.length(index)):
             raise FormatError(f"the tree entry of frame {index} is out of bounds")
         if run and (
             location.segment != run[0].segment

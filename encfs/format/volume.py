@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from encfs.errors import EncfsError, FormatError, IntegrityError
 from encfs.format.descriptor import VolumeDescriptor
-from encfs.format.frames import KNOWN_FLAGS, FrameCipher, FrameGeometry, stored_size_is_possible
+from encfs.format.frames import FrameCipher, FrameGeometry
 from encfs.format.suite import Suite
 from encfs.format.tree import FrameLocation, TreeReader, leaf_hash
 from encfs.oci.blobs import Blob
@@ -267,12 +267,7 @@ class VolumeReader:
             raise self._failed(index, error) from None
         if location is None:
             raise _NotAtHandError
-        if (
-            location.segment >= len(self._segment_sizes)
-            or location.offset + location.stored > self._segment_sizes[location.segment]
-            or location.flags & ~KNOWN_FLAGS
-            or not stored_size_is_possible(location.stored, self._geometry.length(index), location.flags)
-        ):
+        if not location.is_possible(self._segment_sizes, self._geometry.length(index)):
             raise self._failed(index, FormatError("its tree entry is out of bounds"))
         return location
 
