@@ -115,12 +115,18 @@ def receive(where: str, timeout: float = HANDOVER_TIMEOUT) -> Handover:
     if not where.isascii() or not where.isdecimal() or len(where) > 7:
         raise UsageError(f"--fuse-fd {where!r} is neither a descriptor nor a socket", hint="write N or unix:SOCKET")
     number = int(where)
-    with suppress(OSError):
-        if stat.S_ISSOCK(os.fstat(number).st_mode):
-            return _receive_from(socket.socket(fileno=number), deadline)
+    if _is_socket(number):
+        return _receive_from(socket.socket(fileno=number), deadline)
     check_descriptor(number, f"descriptor {number}")
     os.set_inheritable(number, False)
     return Handover(Connection(number, read_init(number, timeout)))
+
+
+def _is_socket(descriptor: int) -> bool:
+    try:
+        return stat.S_ISSOCK(os.fstat(descriptor).st_mode)
+    except OSError:
+        return False  # not open, which is said later
 
 
 def _connect(path: str, deadline: float) -> socket.socket:
@@ -159,7 +165,10 @@ def _receive_from(channel: socket.socket, deadline: float, path: str = "") -> Ha
 
 def check_giver(channel: socket.socket) -> None:
     """Raises MountError unless root or this process's own user is at the other end."""
-    _, user = peer(channel)
+    try:
+        _, user = peer(channel)
+    except OSError:
+        raise MountError("the handover's socket does not tell who is at the other end") from None
     if user not in {0, os.geteuid()}:
         raise MountError(
             f"user {user} is at the other end of the handover's socket",
