@@ -152,7 +152,7 @@ def read_nv(storage: Storage, index: int, what: str) -> bytes:
         owner = bool(int(public.nvPublic.attributes) & _NV_OWNERREAD)
         content = b""
         while len(content) < size:
-            content += bytes(
+            piece = bytes(
                 storage.tpm.nv_read(
                     handle,
                     min(_NV_CHUNK, size - len(content)),
@@ -161,6 +161,9 @@ def read_nv(storage: Storage, index: int, what: str) -> bytes:
                     session1=storage.answers_encrypted(),
                 )
             )
+            if not piece:
+                raise KeyProviderError(f"the TPM gives less of {what} than the {size} bytes that it names")
+            content += piece
     return content
 
 
