@@ -34,7 +34,16 @@ from encfs.format.frames import (
     compress_body,
 )
 from encfs.format.suite import BLAKE3, KEY_SIZE, VOLUME_ID_SIZE, Suite
-from encfs.format.tree import ENTRY_SIZE, MAX_SEGMENTS, FrameLocation, RootInput, leaf_hash, pack_entry, write_tree
+from encfs.format.tree import (
+    ENTRY_SIZE,
+    MAX_FRAMES,
+    MAX_SEGMENTS,
+    FrameLocation,
+    RootInput,
+    leaf_hash,
+    pack_entry,
+    write_tree,
+)
 from encfs.keys.payload import VolumeSecret
 from encfs.oci.blobs import BlobSink, BlobWriter, Buffer
 
@@ -156,6 +165,10 @@ class VolumeWriter:
         batch, filled = self._batch, self._filled
         frame_size = self._options.frame_size
         first = (self.position - filled) // frame_size
+        if self.position > MAX_FRAMES * frame_size:
+            raise UnsupportedError(
+                f"the volume needs more than {MAX_FRAMES} frames", hint="choose a larger --frame-size"
+            )
         start = 0
         if first == 0:
             # Frame 0 is sealed last: its head is known only at the end.

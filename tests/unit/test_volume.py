@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encfs.errors import EncfsError, FormatError, IntegrityError
+from encfs.errors import EncfsError, FormatError, IntegrityError, UnsupportedError
 from encfs.format.descriptor import SEGMENT_TYPE, TREE_TYPE
 from encfs.format.readahead import ReadAhead
 from encfs.format.suite import SUITES
@@ -76,6 +76,17 @@ def test_segments_hold_whole_frames_and_frame_zero_comes_last() -> None:
     assert {segment.size for segment in written.descriptor.segments} == {10 * (FRAME + 16)}
     volume = open_volume(store, written)
     assert bytes(volume.read(0, volume.size)) == content
+
+
+def test_more_frames_than_a_tree_can_have_are_refused_before_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("encfs.format.writer.MAX_FRAMES", 100)
+    store = MemoryStore()
+    write(store, bytes(100 * FRAME))
+    writer = VolumeWriter(store, VolumeOptions(frame_size=FRAME))
+    with pytest.raises(UnsupportedError, match="more than 100 frames") as caught:
+        writer.write(bytes(16 << 20))
+    assert "--frame-size" in str(caught.value.hint)
+    writer.abort()
 
 
 def test_set_head_replaces_the_beginning() -> None:
