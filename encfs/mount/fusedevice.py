@@ -13,6 +13,7 @@ import errno
 import fcntl
 import logging
 import os
+import secrets
 import select
 import socket
 import stat
@@ -27,7 +28,7 @@ from encfs.mount.options import MOUNT_SOURCE, MountOptions
 
 _DEVICE = "/dev/fuse"
 #: The device's number: misc, 229 (Documentation/admin-guide/devices.txt).
-_NUMBER = os.makedev(10, 229)
+DEVICE_NUMBER = os.makedev(10, 229)
 #: The minor number in the kernel's own dev_t (MINORBITS of linux/kdev_t.h).
 _MINOR = (1 << 20) - 1
 #: Bytes that a first request fits in; the kernel refuses smaller reads (FUSE_MIN_READ_BUFFER).
@@ -51,6 +52,8 @@ _CLONE = 0x8004E500
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV = 1, 2, 4
 #: Seconds that fusermount3 may take.
 _FUSERMOUNT_TIMEOUT = 30
+#: Seconds for a predecessor to end.
+_ENDING = 10.0
 #: Seconds between two looks at a descriptor that is not mounted yet.
 _INTERVAL = 0.05
 
@@ -69,7 +72,7 @@ def open_mounted(mountpoint: str, options: MountOptions) -> int:
 
 def _mount_as_root(mountpoint: str, options: MountOptions) -> int:
     try:
-        descriptor = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = _open_device()
     except OSError as error:
         raise MountError(f"{_DEVICE} cannot be opened: {error.strerror}", hint="is the kernel module loaded?") from None
     data = f"fd={descriptor},rootmode=40000,user_id=0,group_id=0"
@@ -86,6 +89,23 @@ def _mount_as_root(mountpoint: str, options: MountOptions) -> int:
             f"{mountpoint} cannot be mounted: {os.strerror(code)}", hint="mounting needs CAP_SYS_ADMIN, or fusermount3"
         )
     return descriptor
+
+
+def _open_device() -> int:
+    """A device file of its own, which has no name any more, so that nobody else can open it; see `claim`.
+
+    /dev/fuse itself where that cannot be made or used. Raises: OSError.
+    """
+    name = f"{os.path.dirname(_DEVICE)}/.encfs-{secrets.token_hex(8)}"
+    try:
+        os.mknod(name, stat.S_IFCHR | 0o600, DEVICE_NUMBER)
+        try:
+            return os.open(name, os.O_RDWR | os.O_CLOEXEC)
+        finally:
+            os.unlink(name)
+    except OSError as error:
+        log.debug("no device file of its own: %s", error)
+    return os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
 
 
 def _mount_as_user(mountpoint: str, options: MountOptions) -> int:
@@ -125,7 +145,7 @@ def check_descriptor(descriptor: int, what: str) -> None:
         status = os.fstat(descriptor)
     except OSError:
         raise MountError(f"{what} is no open descriptor", hint="it is to be inherited by this process") from None
-    if not stat.S_ISCHR(status.st_mode) or status.st_rdev != _NUMBER:
+    if not stat.S_ISCHR(status.st_mode) or status.st_rdev != DEVICE_NUMBER:
         raise MountError(f"{what} is no descriptor of {_DEVICE}", hint=f"open {_DEVICE} and mount with it")
 
 
@@ -210,6 +230,35 @@ def connection_number(descriptor: int) -> int | None:
     return None
 
 
+def claim(descriptor: int) -> None:
+    """Have the kernel know that this process serves a connection, as long as it lives.
+
+    All who have a descriptor of one connection have the same device file open, wherever they run. A lock on it
+    (fcntl(2)) is one process's alone, and goes with it. That is done where the file is the connection's own
+    (`open_mounted`): with /dev/fuse itself, anybody could keep it locked. The lock is gone, too, when any other
+    descriptor of the file is closed here. Waits for a predecessor that is ending.
+
+    Raises: MountError where another process serves it.
+    """
+    if os.fstat(descriptor).st_nlink:
+        return
+    deadline = time.monotonic() + _ENDING
+    while True:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in {errno.EACCES, errno.EAGAIN}:
+                raise MountError(f"the FUSE descriptor cannot be locked: {error.strerror}") from None
+            if time.monotonic() >= deadline:
+                raise MountError(
+                    "another process serves the FUSE connection that was handed over",
+                    hint="hand each descriptor to one daemon at a time",
+                ) from None
+            time.sleep(_INTERVAL)
+        else:
+            return
+
+
 def can_resend(init: bytes) -> bool:
     """Whether this kernel sends requests again that a daemon took and did not answer (Linux 6.9)."""
     if len(init) < _REQUEST.size + _INIT.size:
@@ -228,7 +277,8 @@ def clone(descriptor: int) -> int:
 
     Raises: MountError.
     """
-    copy = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    # The same device file, which may have no name any more.
+    copy = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         fcntl.ioctl(copy, _CLONE, struct.pack("=I", descriptor))
     except OSError as error:

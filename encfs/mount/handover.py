@@ -4,6 +4,9 @@ The two talk over a unix socket, one JSON object a line; the descriptor comes wi
 
     giver  → {"encfs": 1, …: what `Handover` has}, or {} with a descriptor that nobody has read from yet
            → {"error": "…"}: there is nothing to hand over
+           → the same with "rehearse" and no descriptor, while a predecessor serves still
+    daemon → {"event": "prepared"}: it can serve this, and waits
+    giver  → the first message again, with the descriptor: the predecessor has ended
     daemon → {"event": "negotiated", "init_reply": base64, "content_digest", "manifest_digest": what is served now}
            → {"event": "ready", "status": {…}}
            → {"event": "failed", "error": type, "message": "…", "hint": "…"}
@@ -28,7 +31,7 @@ import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from encfs.encoding import b64_decode, parse_digest
@@ -42,6 +45,8 @@ from encfs.strictjson import MAX_INTEGER, show_name
 
 #: Seconds for a descriptor to be handed over, and for the kernel to begin on it.
 HANDOVER_TIMEOUT = 30.0
+#: Seconds from being prepared until the predecessor has ended.
+TAKEOVER_TIMEOUT = 60.0
 #: Bytes of one message.
 MAX_MESSAGE = 64 << 10
 _MAX_ATTRIBUTES = 64
@@ -57,6 +62,7 @@ class Handover:
     on, and `manifest_digest` the manifest that it was opened by; `attributes` what a volume was asked for with;
     `relayed`: the giver answers for the daemon at a control socket; `home` is the socket to bring the connection back
     to when the giver has been restarted, empty where it does not ask for that;
+    `rehearse`: the descriptor comes later (`await_descriptor`);
     `restarts` and `reason`: how many daemons there were before, and what became of the last.
     """
 
@@ -67,6 +73,7 @@ class Handover:
     attributes: Mapping[str, str] = field(default_factory=dict)
     relayed: bool = False
     home: str = ""
+    rehearse: bool = False
     supervisor: int = 0
     restarts: int = 0
     reason: str = ""
@@ -94,6 +101,27 @@ class Handover:
             self.tell("failed", error=type(error).__name__, message=error.message, hint=error.hint)
             raise
 
+    def await_descriptor(self, timeout: float = TAKEOVER_TIMEOUT) -> Handover:
+        """The same with the descriptor, once the predecessor has ended, within `timeout` seconds.
+
+        Raises: MountError.
+        """
+        if self.channel is None:
+            raise MountError("the descriptor is to come later, and there is nowhere that it could come from")
+        self.tell("prepared")
+        descriptors: list[int] = []
+        try:
+            document = receive_message(self.channel, time.monotonic() + timeout, descriptors)
+            _check_descriptors(document, descriptors)
+            handed = parse(document, descriptors[0], 1.0, self.channel)
+            _check_rehearsed(self.connection, handed.connection)
+        except BaseException:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
+        self.channel.settimeout(None)
+        return handed
+
     def check_content(self, content_digest: str) -> None:
         """Raises MountError where a predecessor served something else: open files would change under their readers."""
         if self.content_digest not in {"", content_digest}:
@@ -101,6 +129,11 @@ class Handover:
                 f"the reference names {content_digest} now, and the mount has served {self.content_digest}",
                 hint="unmount, and mount again, to change over to it",
             )
+
+
+def _check_rehearsed(before: Connection, after: Connection) -> None:
+    if replace(after, descriptor=before.descriptor) != before:
+        raise MountError("the connection that was handed over is not the one that was rehearsed")
 
 
 def receive(where: str, timeout: float = HANDOVER_TIMEOUT) -> Handover:
@@ -152,8 +185,11 @@ def _receive_from(channel: socket.socket, deadline: float, path: str = "") -> Ha
     try:
         check_giver(channel)
         document = receive_message(channel, deadline, descriptors)
-        _check_descriptors(document, descriptors)
-        handover = parse(document, descriptors[0], max(1.0, deadline - time.monotonic()), channel, path)
+        rehearse = document.get("rehearse") is True
+        _check_descriptors(document, descriptors, 0 if rehearse else 1)
+        handover = parse(
+            document, -1 if rehearse else descriptors[0], max(1.0, deadline - time.monotonic()), channel, path
+        )
     except BaseException:
         for descriptor in descriptors:
             os.close(descriptor)
@@ -176,12 +212,13 @@ def check_giver(channel: socket.socket) -> None:
         )
 
 
-def _check_descriptors(document: Mapping[str, object], descriptors: list[int]) -> None:
+def _check_descriptors(document: Mapping[str, object], descriptors: list[int], expected: int = 1) -> None:
     if "error" in document:
         raise MountError(f"no descriptor is handed over: {one_line(str(document['error']))}")
-    if len(descriptors) != 1:
-        raise MountError(f"{len(descriptors)} descriptors were handed over, where one is needed")
-    check_descriptor(descriptors[0], "what was handed over")
+    if len(descriptors) != expected:
+        raise MountError(f"{len(descriptors)} descriptors were handed over, where {expected} should be")
+    for descriptor in descriptors:
+        check_descriptor(descriptor, "what was handed over")
 
 
 def receive_message(channel: socket.socket, deadline: float, descriptors: list[int]) -> Mapping[str, object]:
@@ -229,7 +266,10 @@ def parse(
     request, reply = octets(document, "init_request"), octets(document, "init_reply")
     if request:
         check_init(request)
-        check_connected(descriptor)
+        if descriptor >= 0:
+            check_connected(descriptor)
+    elif descriptor < 0:
+        raise MountError("the handover's first request is missing")
     return Handover(
         Connection(
             descriptor, request or read_init(descriptor, timeout), reply if request else None, kept=bool(request)
@@ -240,6 +280,7 @@ def parse(
         attributes=attributes,
         relayed=document.get("relayed") is True,
         home=path if document.get("bring_back") is True else "",
+        rehearse=descriptor < 0,
         supervisor=_number(document, "supervisor"),
         restarts=_number(document, "restarts"),
         reason=one_line(reason),

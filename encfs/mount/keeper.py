@@ -83,7 +83,18 @@ class Keeper:
 
     def hand_over(self, channel: socket.socket, *, relayed: bool = False, bring_back: bool = False) -> None:
         """Give the connection to the daemon at the other end. Raises: MountError, OSError."""
-        document = {
+        self._give(channel, self._document(relayed=relayed, bring_back=bring_back))
+
+    def rehearse(self, channel: socket.socket, *, relayed: bool = False) -> None:
+        """Let the daemon at the other end prepare to follow the one that serves; `hand_over` is next.
+
+        Raises: OSError.
+        """
+        document = {**self._document(relayed=relayed), "rehearse": True}
+        channel.sendall(json.dumps(document).encode() + b"\n")
+
+    def _document(self, *, relayed: bool, bring_back: bool = False) -> dict[str, object]:
+        return {
             "encfs": 1,
             "mountpoint": self.mountpoint,
             "init_request": b64_encode(self.init_request),
@@ -97,6 +108,8 @@ class Keeper:
             "restarts": self.restarts,
             "reason": self.reason,
         }
+
+    def _give(self, channel: socket.socket, document: Mapping[str, object]) -> None:
         # Where the kernel cannot send requests again, those of a daemon that dies are to fail, not to wait for ever:
         # they do when its own descriptor is closed.
         own = can_resend(self.init_request)

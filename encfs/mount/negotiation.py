@@ -16,7 +16,7 @@ import pyfuse3
 import trio
 
 from encfs.errors import MountError, UnsupportedError
-from encfs.mount.fusedevice import can_resend, check_accepted, resend
+from encfs.mount.fusedevice import can_resend, check_accepted, claim, resend
 
 #: Bytes that an answer to FUSE_INIT fits in.
 _ROOM = 4096
@@ -26,9 +26,11 @@ _PATIENCE = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """A FUSE connection that is handed over: `descriptor`, owned by whoever holds this; the kernel's first request;
-    the answer that a predecessor gave to it, None where there was none. `kept`: whoever gave it away read the request,
-    and sends the first answer; otherwise that is done here.
+    """A FUSE connection that is handed over.
+
+    `descriptor` is owned by whoever holds this, and negative where it comes later; `init_request` the kernel's first
+    request; `init_reply` the answer that a predecessor gave to it, None where there was none. `kept`: whoever gave it
+    away read the request, and sends the first answer; otherwise that is done here.
     """
 
     descriptor: int
@@ -51,9 +53,10 @@ class Placeholder:
         """The mount point for libfuse that stands for this descriptor."""
         return f"/dev/fd/{self.descriptor}"
 
-    def negotiate(self, connection: Connection) -> bytes:
+    def rehearse(self, connection: Connection) -> bytes:
         """Go through the beginning, with the session that pyfuse3 has been initialised with. Returns the answer.
 
+        The connection itself is not touched, and may be another daemon's still.
         Raises: UnsupportedError where the answer is not the predecessor's; MountError.
         """
         with self._ours:
@@ -65,13 +68,17 @@ class Placeholder:
                 raise MountError("libfuse does not answer the kernel's first request") from None
         check_accepted(reply)
         if connection.init_reply not in (None, reply):
-            os.close(connection.descriptor)
             raise UnsupportedError(
                 "this version negotiates another FUSE session than the one that is to be continued",
                 hint="unmount, and mount again",
             )
+        return reply
+
+    def begin(self, connection: Connection, reply: bytes) -> None:
+        """Serve the connection from now on, `reply` being what `rehearse` gave. Raises: MountError."""
         os.dup2(connection.descriptor, self.descriptor, inheritable=False)
         os.close(connection.descriptor)
+        claim(self.descriptor)
         if connection.init_reply is None and not connection.kept:
             try:
                 os.write(self.descriptor, reply)
@@ -79,7 +86,6 @@ class Placeholder:
                 raise MountError(f"the FUSE connection has ended before it began: {error.strerror}") from None
         elif connection.init_reply is not None and can_resend(connection.init_request):
             resend(self.descriptor)
-        return reply
 
     async def _answer(self) -> None:
         with trio.move_on_after(_PATIENCE):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import os
 import select
+import stat
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import Protocol
 
 import pyfuse3
 import trio
+
+from encfs.mount.fusedevice import DEVICE_NUMBER
 
 _SEAM = "_wait_fuse_readable"
 #: Nanoseconds to look for a request before sleeping.
@@ -35,7 +38,6 @@ _SMOOTHING = 3
 _TRY_AGAIN = 16
 #: Nanoseconds of uninterrupted requests after which everything else on the event loop gets its turn.
 _TURN = 2_000_000
-_FUSE_DEVICE = "/dev/fuse"
 _DESCRIPTORS = Path("/proc/self/fd")
 
 _Wait = Callable[[], Awaitable[bool]]
@@ -46,10 +48,11 @@ def fuse_descriptors() -> frozenset[int]:
     found = set()
     for name in os.listdir(_DESCRIPTORS):
         try:
-            if os.readlink(_DESCRIPTORS / name) == _FUSE_DEVICE:
-                found.add(int(name))
-        except FileNotFoundError:  # the listing's own descriptor
+            status = os.fstat(int(name))
+        except OSError:  # the listing's own descriptor
             continue
+        if stat.S_ISCHR(status.st_mode) and status.st_rdev == DEVICE_NUMBER:
+            found.add(int(name))
     return frozenset(found)
 
 

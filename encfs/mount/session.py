@@ -90,8 +90,10 @@ class Session:
         self._ready = False
         self._announced = trio.Event()
         self._returning: Returning | None = None
-        self._listener = health.listen_at(plan.options.listen) if plan.options.listen is not None else None
         handover = plan.handover
+        self._listener: socket.socket | None = None
+        if handover is None or not handover.rehearse:
+            self._listen()
         self._base = MountStatus(
             mountpoint=plan.mountpoint,
             state="serving",
@@ -107,6 +109,11 @@ class Session:
             restarts=handover.restarts if handover is not None else 0,
             reason=handover.reason if handover is not None else "",
         )
+
+    def _listen(self) -> None:
+        """Where a predecessor listens, only once that one has ended. Raises: MountError, UsageError."""
+        if self._plan.options.listen is not None:
+            self._listener = health.listen_at(self._plan.options.listen)
 
     def status(self) -> MountStatus:
         stats = dict(self._plan.contents.volume.stats.to_json())
@@ -163,7 +170,12 @@ class Session:
         placeholder = Placeholder()
         initialise(self._filesystem, placeholder.path, self._plan.options.kernel_options())
         try:
-            reply = placeholder.negotiate(handover.connection)
+            reply = placeholder.rehearse(handover.connection)
+            if handover.rehearse:
+                handover = handover.await_descriptor()
+                self._base = replace(self._base, restarts=handover.restarts, reason=handover.reason)
+                self._listen()
+            placeholder.begin(handover.connection, reply)
         except BaseException:
             pyfuse3.close(unmount=False)
             raise

@@ -1,8 +1,11 @@
 """Stand behind a mount: hold its FUSE connection, start the daemon that serves it, and another when that one dies.
 
 Open files and requests under way survive: they wait for the next daemon, or, when none comes within `PATIENCE`, fail
-with EIO until one does. The supervisor never sees a key: each daemon gets it from the provider itself. SIGHUP replaces
-the daemon (after an upgrade), SIGTERM ends the mount. Not here: serving (`session`), handing over (`keeper`).
+with EIO until one does. The supervisor never sees a key: each daemon gets it from the provider itself.
+
+SIGHUP replaces the daemon (after an upgrade): its successor is started beside it, opens the artifact and goes through
+the beginning of the FUSE session, and only when it is prepared does the old daemon end. Where it fails, nothing has
+happened. SIGTERM ends the mount. Not here: serving (`session`), handing over (`keeper`).
 """
 
 from __future__ import annotations
@@ -17,24 +20,23 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from encfs.errors import EncfsError, MountError, error_named
 from encfs.mount.background import Report, run_in_background
 from encfs.mount.client import clear_leftovers, is_abandoned
 from encfs.mount.daemon import READY_TIMEOUT
+from encfs.mount.daemonprocess import DaemonProcess, memory_kills, start
 from encfs.mount.fusedevice import open_mounted
 from encfs.mount.keeper import Keeper
 from encfs.mount.kernel import closing
 from encfs.mount.logs import logging_to
 from encfs.mount.mountpoint import absolute, check_fuse, prepare, top_mount, unmount
 from encfs.mount.options import MountOptions, MountStatus
-from encfs.mount.protocol import MAX_ANSWER, MAX_REQUEST_LINE, peer
+from encfs.mount.protocol import MAX_REQUEST_LINE, peer
 from encfs.mount.runtime import listen, log_path, remove_own_files, runtime_directory, socket_path
 
-#: The kernel's counters (proc(5)).
-VMSTAT = Path("/proc/vmstat")
 #: Seconds for which requests wait for the next daemon; from then on they fail with EIO until there is one.
 PATIENCE = 60.0
 #: Seconds between two starts: the first follows at once, the next ones double up to the last.
@@ -51,20 +53,6 @@ _ACCEPT_PAUSE = 0.05
 log = logging.getLogger("encfs.mount")
 
 
-@dataclass(slots=True)
-class _Daemon:
-    process: subprocess.Popen[bytes]
-    watch: int
-    channel: socket.socket
-    started: float = field(default_factory=time.monotonic)
-    memory_kills: int = field(default_factory=lambda: _memory_kills())
-    ready: bool = False
-    negotiated: bool = False
-    received: bytes = b""
-    answers: list[Mapping[str, object]] = field(default_factory=list)
-    error: EncfsError | None = None
-
-
 class Supervisor:
     """One mount, from before its first daemon to after its last."""
 
@@ -78,7 +66,11 @@ class Supervisor:
         self._options = options
         self._reference = reference
         self._directory = directory
-        self._daemon: _Daemon | None = None
+        self._daemon: DaemonProcess | None = None
+        #: What is to follow it, and when the old one was told to end for it.
+        self._successor: DaemonProcess | None = None
+        self._ending: float | None = None
+        self._refusal = ""
         self._lost = time.monotonic()
         self._next_start = 0.0
         self._pause = _FIRST_PAUSE
@@ -114,15 +106,13 @@ class Supervisor:
             self._start()
             self._loop(on_ready)
         finally:
-            self._end_daemon()
+            self._end_daemons()
 
     def _obey(self, number: int, _: object) -> None:
         if number == signal.SIGHUP:
             self._replacing = True
         else:
             self._stopping = True
-        if self._daemon is not None:
-            self._daemon.process.terminate()
 
     # The loop
 
@@ -142,10 +132,11 @@ class Supervisor:
                     raise daemon.error or MountError(
                         "the mount's daemon ended before it was ready", hint="mount without --supervise to see why"
                     )
-                if daemon.process.returncode == 0 and not self._replacing:
+                if daemon.process.returncode == 0 and self._ending is None:
                     return
                 self._lose(daemon)
-            if self._daemon is None and time.monotonic() >= self._next_start:
+            self._replace()
+            if self._daemon is None and self._successor is None and time.monotonic() >= self._next_start:
                 self._start_again()
             if self._refusing and not self._keeper.refuse_requests():
                 return
@@ -166,8 +157,8 @@ class Supervisor:
         poller.register(self._wake, select.POLLIN)
         poller.register(self._server, select.POLLIN)
         poller.register(self._keeper.descriptor, select.POLLIN if self._refusing else 0)
-        daemon = self._daemon
-        if daemon is not None:
+        daemons = [one for one in (self._daemon, self._successor) if one is not None]
+        for daemon in daemons:
             poller.register(daemon.watch, select.POLLIN)
             poller.register(daemon.channel, select.POLLIN)
         for descriptor, _ in poller.poll(self._longest_wait() * 1000):
@@ -176,11 +167,15 @@ class Supervisor:
                     os.read(self._wake, 64)
             elif descriptor == self._server.fileno():
                 self._converse()
-            elif daemon is not None and descriptor == daemon.channel.fileno():
-                self._listen_to(daemon)
+            else:
+                for daemon in daemons:
+                    if descriptor == daemon.channel.fileno():
+                        self._listen_to(daemon)
 
     def _longest_wait(self) -> float:
         now = time.monotonic()
+        if self._successor is not None:
+            return 1.0
         if self._daemon is None:
             return max(0.0, min(self._next_start - now, 1.0))
         return 5.0 if self._daemon.negotiated or self._refusing else 1.0
@@ -189,35 +184,71 @@ class Supervisor:
 
     def _start(self) -> None:
         """Raises: MountError."""
+        self._daemon = self._spawn(self._hand_over)
+
+    def _replace(self) -> None:
+        """Take the next step towards another daemon, where there is one to be taken."""
+        daemon, successor = self._daemon, self._successor
+        if self._replacing and successor is None:
+            self._replacing = False
+            self._prepare()
+        elif successor is None:
+            return
+        elif successor.process.poll() is not None:
+            self._listen_to(successor)
+            self._refuse(str(successor.error or f"it ended with exit code {successor.process.returncode}"))
+        elif not successor.prepared:
+            if time.monotonic() - successor.started > READY_TIMEOUT:
+                self._refuse(f"it was not prepared within {READY_TIMEOUT:g} seconds")
+        elif daemon is None:
+            self._daemon, self._successor = successor, None
+            self._give(successor, self._hand_over)
+        elif self._ending is None:
+            self._ending = time.monotonic()
+            daemon.process.terminate()
+        elif time.monotonic() - self._ending > _GRACE:
+            daemon.process.kill()
+
+    def _prepare(self) -> None:
+        if self._daemon is None or not self._daemon.negotiated:
+            return  # the next one is a new one anyway
+        self._refusal = ""
         try:
-            daemon = self._daemon = self._spawn()
-        except OSError as error:
-            raise MountError(f"the mount's daemon cannot be started: {error.strerror}") from None
+            self._successor = self._spawn(lambda channel: self._keeper.rehearse(channel, relayed=True))
+        except MountError as error:
+            self._refusal = f"not replaced: {error}"
+            log.warning("%s: %s", self._place, self._refusal)
+
+    def _refuse(self, why: str) -> None:
+        """The successor is no use. The daemon serves on, unless it has ended meanwhile by itself."""
+        successor, self._successor, self._ending = self._successor, None, None
+        self._refusal = f"not replaced: {why}"
+        log.warning("%s: %s", self._place, self._refusal)
+        if successor is not None:
+            successor.process.kill()
+            successor.process.wait()
+            successor.forget()
+
+    def _hand_over(self, channel: socket.socket) -> None:
+        self._keeper.hand_over(channel, relayed=True)
+
+    def _give(self, daemon: DaemonProcess, give: Callable[[socket.socket], None]) -> None:
+        daemon.channel.setblocking(True)
         try:
-            self._keeper.hand_over(daemon.channel, relayed=True)
+            give(daemon.channel)
         except (OSError, MountError) as error:
             # It has ended already, or waits in vain.
             log.warning("%s: the handover failed: %s", self._place, error)
             daemon.process.terminate()
         daemon.channel.setblocking(False)
 
-    def _spawn(self) -> _Daemon:
-        ours, theirs = socket.socketpair()
-        number = theirs.fileno()
-        with ExitStack() as undo:
-            undo.callback(ours.close)
-            with theirs:
-                process = subprocess.Popen(
-                    [*self._words, "--fuse-fd", str(number)],
-                    pass_fds=[number],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    # By its descriptor: it may have another name by now, or none.
-                    cwd=f"/proc/self/fd/{self._directory}",
-                )
-            undo.callback(process.kill)
-            daemon = _Daemon(process, os.pidfd_open(process.pid), ours)
-            undo.pop_all()
+    def _spawn(self, give: Callable[[socket.socket], None]) -> DaemonProcess:
+        """A new daemon that was given what `give` sends. Raises: MountError."""
+        try:
+            daemon = start(self._words, self._directory)
+        except OSError as error:
+            raise MountError(f"the mount's daemon cannot be started: {error.strerror}") from None
+        self._give(daemon, give)
         return daemon
 
     def _start_again(self) -> None:
@@ -230,58 +261,43 @@ class Supervisor:
             self._keeper.reason = error.message
             log.warning("%s: %s", self._place, error.message)
 
-    def _lose(self, daemon: _Daemon) -> None:
+    def _lose(self, daemon: DaemonProcess) -> None:
         code = daemon.process.returncode
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        if -code == signal.SIGKILL and _memory_kills() > daemon.memory_kills:
+        if -code == signal.SIGKILL and memory_kills() > daemon.memory_kills:
             how += ", and the kernel has killed for lack of memory meanwhile"
-        self._keeper.reason = "replaced" if self._replacing else f"{how}: {daemon.error}" if daemon.error else how
+        replaced = self._ending is not None
+        self._keeper.reason = "replaced" if replaced else f"{how}: {daemon.error}" if daemon.error else how
         steady = daemon.ready and time.monotonic() - daemon.started > _STEADY
         if daemon.negotiated:
             self._lost = time.monotonic()
-        self._pause = _FIRST_PAUSE if steady or self._replacing else min(self._pause * 2, _LONGEST_PAUSE)
+        self._pause = _FIRST_PAUSE if steady or replaced else min(self._pause * 2, _LONGEST_PAUSE)
         # The first start follows at once: whatever killed the daemon need not kill the next one.
-        self._next_start = time.monotonic() + (0.0 if steady or self._replacing or daemon.ready else self._pause)
+        self._next_start = time.monotonic() + (0.0 if steady or replaced or daemon.ready else self._pause)
         self._keeper.restarts += 1
         log.warning("%s: the daemon %d was lost: %s", self._place, daemon.process.pid, self._keeper.reason)
-        self._replacing = False
-        self._forget(daemon)
-
-    def _forget(self, daemon: _Daemon) -> None:
-        os.close(daemon.watch)
-        daemon.channel.close()
+        self._ending = None
         self._daemon = None
+        daemon.forget()
 
-    def _end_daemon(self) -> None:
-        daemon = self._daemon
-        if daemon is None:
-            return
-        daemon.process.terminate()
-        try:
-            daemon.process.wait(_GRACE)
-        except subprocess.TimeoutExpired:
-            daemon.process.kill()
-            daemon.process.wait()
-        self._forget(daemon)
-
-    def _listen_to(self, daemon: _Daemon) -> None:
-        while True:
+    def _end_daemons(self) -> None:
+        daemons = [one for one in (self._daemon, self._successor) if one is not None]
+        self._daemon = self._successor = None
+        for daemon in daemons:
+            daemon.process.terminate()
+        for daemon in daemons:
             try:
-                piece = daemon.channel.recv(MAX_ANSWER)
-            except OSError:
-                return
-            if not piece:
-                return
-            *lines, daemon.received = (daemon.received + piece).split(b"\n")
-            if len(daemon.received) > MAX_ANSWER:
-                daemon.received = b""
-            for line in lines:
-                with suppress(ValueError, RecursionError):
-                    self._note(daemon, json.loads(line))
+                daemon.process.wait(_GRACE)
+            except subprocess.TimeoutExpired:
+                daemon.process.kill()
+                daemon.process.wait()
+            daemon.forget()
 
-    def _note(self, daemon: _Daemon, message: object) -> None:
-        if not isinstance(message, dict):
-            return
+    def _listen_to(self, daemon: DaemonProcess) -> None:
+        for message in daemon.receive():
+            self._note(daemon, message)
+
+    def _note(self, daemon: DaemonProcess, message: Mapping[str, object]) -> None:
         if "event" not in message:
             daemon.answers.append(message)
             return
@@ -290,6 +306,8 @@ class Supervisor:
         except (OSError, MountError) as error:
             log.warning("%s: the daemon's message is of no use: %s", self._place, error)
         match message:
+            case {"event": "prepared"}:
+                daemon.prepared = True
             case {"event": "negotiated"}:
                 daemon.negotiated = True
             case {"event": "ready"}:
@@ -343,7 +361,7 @@ class Supervisor:
             reason=self._keeper.reason,
         )
 
-    def _status_of_daemon(self, daemon: _Daemon) -> MountStatus:
+    def _status_of_daemon(self, daemon: DaemonProcess) -> MountStatus:
         daemon.answers.clear()
         deadline = time.monotonic() + _RELAY_PATIENCE
         with suppress(OSError):
@@ -357,17 +375,8 @@ class Supervisor:
         for answer in daemon.answers:
             # After an upgrade the daemon may be of another version.
             if (status := MountStatus.from_json(answer.get("status"))) is not None:
-                return status
+                return replace(status, reason=self._refusal or status.reason)
         return self._own_status("silent")
-
-
-def _memory_kills() -> int:
-    """How many processes this kernel has killed because memory, or a control group's, ran out (`oom_kill`); or 0."""
-    try:
-        lines = VMSTAT.read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
 def supervise(

@@ -269,22 +269,28 @@ def test_a_socket_of_another_kind(pod: Pod) -> None:
 
 
 def test_one_connection_given_to_two_sidecars(liar: LyingNode) -> None:
-    """Both answer, and what is read is still what the configuration allows."""
+    """The second one finds that somebody serves it, whatever the node says."""
     liar.keeper.attributes = {"reference": liar.pod.artifacts.reference()}
-    channels = []
-    for _ in range(2):
-        liar.pod.start()
-        channel, _ = liar.server.accept()
+    first = liar.pod.start()
+    channel, _ = liar.server.accept()
+    with channel, channel.makefile("rb") as events:
         liar.keeper.hand_over(channel)
-        channels.append(channel)
-        events = channel.makefile("rb")
         while (event := json.loads(events.readline()))["event"] != "ready":
             liar.keeper.note(event)
-        liar.keeper.note(event)
-    for _ in range(5):
+        with Background(liar.pod) as refused:
+            other = liar.hand_over(liar.message(mountpoint="/somewhere/else"), liar.keeper.descriptor)
+        other.close()
+        assert refused.error["exit_code"] == 40
+        assert "another process serves the FUSE connection" in refused.error["message"]
         assert liar.pod.read() == liar.pod.artifacts.content
-    for channel in channels:
-        channel.close()
+        # It is free again once that one has ended.
+        first.kill()
+        first.communicate()
+    liar.pod.start()
+    channel, _ = liar.server.accept()
+    liar.keeper.hand_over(channel)
+    assert liar.pod.read() == liar.pod.artifacts.content
+    channel.close()
 
 
 # Successors, and images

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import fcntl
 import json
 import os
 import select
@@ -20,7 +21,7 @@ from encfs.csi.records import VolumeRecord
 from encfs.csi.volume import Volume
 from encfs.encoding import b64_encode
 from encfs.mount import keeper as keeping
-from encfs.mount.fusedevice import open_mounted, read_init, refuse_requests, resend
+from encfs.mount.fusedevice import claim, open_mounted, read_init, refuse_requests, resend
 from encfs.mount.keeper import Keeper
 from encfs.mount.mountpoint import current_mounts
 from encfs.mount.options import MountOptions
@@ -319,6 +320,14 @@ def test_a_daemon_that_makes_the_descriptor_block_does_not_stop_the_plugin(
         (daemon.place / "x").stat()
     volume.close()
     assert not is_mounted(daemon.place)
+
+
+def test_nobody_who_was_not_handed_it_can_keep_a_connection_locked(daemon: _Daemon) -> None:
+    """A daemon marks it as served by a lock. With /dev/fuse itself, any other pod's sidecar could do so."""
+    with open("/dev/fuse", "r+b", buffering=0) as everybodys:
+        fcntl.lockf(everybodys, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        claim(daemon.descriptor)
+    assert os.fstat(daemon.descriptor).st_nlink == 0
 
 
 @pytest.mark.parametrize("can_resend", [True, False])

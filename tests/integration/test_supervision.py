@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -280,6 +281,63 @@ def test_hangup_replaces_the_daemon(mounted: Mounted) -> None:
     assert (later["reason"], later["pid"] != status["pid"]) == ("replaced", True)
     assert mounted.read(descriptor, 1 << 20, 4096)
     os.close(descriptor)
+
+
+@pytest.mark.parametrize("how", ["other session", "no key", "other content is gone"])
+def test_a_successor_that_cannot_serve_does_not_replace_anything(mounted: Mounted, how: str) -> None:
+    """The daemon is not ended before its successor is prepared: a failed upgrade costs nothing."""
+    status = mounted.mount(**({"ENCFS_TEST_OTHER_SESSION": "1"} if how == "other session" else {}))
+    descriptor = os.open(mounted.weights, os.O_RDONLY)
+    if how == "no key":
+        (mounted.base / "a.jwk").rename(mounted.base / "away")
+    elif how == "other content is gone":
+        (mounted.base / "store" / "index.json").rename(mounted.base / "away")
+    os.kill(status["supervisor"], signal.SIGHUP)
+    later = mounted.wait_for(lambda status: status["reason"] != "")
+    expected = {
+        "other session": "not replaced: this version negotiates another FUSE session",
+        "no key": "not replaced: ",
+        "other content is gone": "not replaced: ",
+    }[how]
+    assert later["reason"].startswith(expected)
+    assert (later["pid"], later["state"], later["restarts"]) == (status["pid"], "serving", 0)
+    assert later["reason"] in Path(status["log_file"]).read_text()
+    assert mounted.read(descriptor, 1 << 20, 4096)
+    if how != "other session":
+        # What was lacking is there again, and the next attempt succeeds.
+        (mounted.base / "away").rename(mounted.base / ("a.jwk" if how == "no key" else "store/index.json"))
+        os.kill(status["supervisor"], signal.SIGHUP)
+        later = mounted.wait_for(lambda status: status["state"] == "serving" and status["restarts"] == 1)
+        assert (later["reason"], later["pid"] != status["pid"]) == ("replaced", True)
+        assert mounted.read(descriptor, 1 << 20, 4096)
+    os.close(descriptor)
+
+
+def test_a_daemon_that_dies_while_its_successor_prepares(mounted: Mounted) -> None:
+    status = mounted.mount()
+    descriptor = os.open(mounted.weights, os.O_RDONLY)
+    os.kill(status["supervisor"], signal.SIGHUP)
+    wait_until(lambda: len(_children(status["supervisor"])) == 2)
+    os.kill(status["pid"], signal.SIGKILL)
+    assert mounted.read(descriptor, 1 << 20, 4096)
+    later = mounted.wait_for(lambda status: status["state"] == "serving" and status["restarts"] == 1)
+    assert later["reason"] in {"killed by SIGKILL", "replaced"}
+    os.close(descriptor)
+
+
+def _children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def test_a_port_is_handed_on_to_the_successor(mounted: Mounted) -> None:
+    place = mounted.base / "probes.sock"
+    status = mounted.mount("--listen", f"unix:{place}")
+    os.kill(status["supervisor"], signal.SIGHUP)
+    mounted.wait_for(lambda status: status["state"] == "serving" and status["restarts"] == 1)
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.connect(str(place))
+        probe.sendall(b"GET /readyz HTTP/1.1\r\n\r\n")
+        assert b" 200 " in probe.recv(4096)
 
 
 def test_a_daemon_that_cannot_be_started_is_started_later(mounted: Mounted) -> None:
