@@ -233,7 +233,8 @@ def _oct() -> SymmetricKey:
 def test_env(monkeypatch: pytest.MonkeyPatch, kind: str, value: Callable[[], str]) -> None:
     monkeypatch.setenv("ENCFS_TEST_KEY", value())
     provider = provider_from_uri("env:ENCFS_TEST_KEY")
-    assert "ENCFS_TEST_KEY" in os.environ, "nothing is read before the key is needed"
+    child = subprocess.run(["env"], check=True, capture_output=True, text=True)
+    assert "ENCFS_TEST_KEY" not in child.stdout, "another key's provider may start a program first"
     for _ in range(2):
         assert keyring_for(kind).open([provider]) == PAYLOAD
         assert "ENCFS_TEST_KEY" not in os.environ
@@ -242,6 +243,17 @@ def test_env(monkeypatch: pytest.MonkeyPatch, kind: str, value: Callable[[], str
     provider.close()
     with pytest.raises(KeyFileError, match="environment variable ENCFS_TEST_KEY is not set"):
         keyring_for(kind).open([provider])
+
+
+def test_env_that_was_not_needed_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the artifact is refused before a key is asked for: the next attempt finds it."""
+    value = base64.b64encode(_oct().secret).decode()
+    monkeypatch.setenv("ENCFS_TEST_KEY", value)
+    provider = provider_from_uri("env:ENCFS_TEST_KEY")
+    assert "ENCFS_TEST_KEY" not in os.environ
+    provider.close()
+    provider.close()
+    assert os.environ["ENCFS_TEST_KEY"] == value
 
 
 def test_closing_env_wipes_its_own_key(monkeypatch: pytest.MonkeyPatch) -> None:

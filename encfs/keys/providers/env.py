@@ -1,7 +1,8 @@
 """`env:NAME`: a JWK, a PEM key, or 44 characters of base64 (a 32-byte key-encryption key) in an environment variable.
 
-The variable is removed once it is read, so that no child process inherits it. What the kernel shows in
-/proc/PID/environ is the environment at the start of the process and stays: files are the better place for keys.
+The variable is taken out of the environment at once, so that no child process inherits it: not one that another key is
+asked from either. What the kernel shows in /proc/PID/environ is the environment at the start of the process and stays:
+files are the better place for keys.
 """
 
 from __future__ import annotations
@@ -20,12 +21,17 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 
 
 class EnvProvider:
-    """Unwraps with the key of an environment variable; keeps it until `close`, since it can be read only once."""
+    """Unwraps with the key of an environment variable; keeps it until `close`, since it can be read only once.
+
+    One that was not needed, since the artifact was refused before or another key opened it, is put back by `close`.
+    """
 
     def __init__(self, name: str) -> None:
         if not _NAME.fullmatch(name):
             raise KeyFileError("env: is not followed by the name of an environment variable", hint="write env:NAME")
         self._name = name
+        value = os.environb.pop(name.encode(), None)
+        self._value: bytearray | None = None if value is None else bytearray(value)
         self._key: PrivateKey | SymmetricKey | None = None
 
     @property
@@ -38,15 +44,18 @@ class EnvProvider:
         return unwrap_with_key(self._key, recipients, content_digest, self.uri)
 
     def close(self) -> None:
+        if self._value is not None:
+            os.environb[self._name.encode()] = bytes(self._value)
+            wipe(self._value)
+            self._value = None
         if isinstance(self._key, SymmetricKey):
             self._key.wipe()
         self._key = None
 
     def _read(self) -> PrivateKey | SymmetricKey:
-        value = os.environb.pop(self._name.encode(), None)
-        if value is None:
+        content, self._value = self._value, None
+        if content is None:
             raise KeyFileError(f"the environment variable {self._name} is not set")
-        content = bytearray(value)
         try:
             what = f"the environment variable {self._name}"
             return parse_kek(content, what) or decryption_key(parse_key(content, what), what)
