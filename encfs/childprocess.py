@@ -45,7 +45,8 @@ class Finished:
 def run_bounded(words: Sequence[str], content: bytes | bytearray, *, limit: int, timeout: float, what: str) -> Finished:
     """Run `words` with `content` on standard input; `what` names the program in messages.
 
-    It gets this process's environment, a session of its own, and no terminal. Whatever it started goes with it.
+    It gets this process's environment, a session of its own, and no terminal. Where this fails, whatever it started
+    goes with it; where it ends well, that is its own affair.
 
     Raises: KeyProviderError where it cannot be started, does not end in `timeout` seconds, or writes more than `limit`
     bytes.
