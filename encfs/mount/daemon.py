@@ -154,6 +154,7 @@ def _run(plan: MountPlan, on_ready: OnReady) -> MountStatus:
             stack.callback(server.close)
         stack.callback(plan.companion.close)
         session = Session(plan, on_ready)
+        stack.callback(session.close)
         stack.enter_context(session.mounted())
         trio.run(session.run, server)
         return session.finish()

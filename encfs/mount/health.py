@@ -101,6 +101,13 @@ def _removed(server: socket.socket) -> Iterator[None]:
             Path(name).unlink(missing_ok=True)
 
 
+def discard(server: socket.socket) -> None:
+    """The same for one that was never served. Harmless where it was."""
+    if server.fileno() >= 0:
+        with _removed(server):
+            server.close()
+
+
 async def _exchange(connection: trio.socket.SocketType, probes: Probes, limit: trio.Semaphore) -> None:
     try:
         with connection, trio.move_on_after(_PATIENCE):

@@ -128,6 +128,11 @@ class Session:
             raise self._error
         return self.status()
 
+    def close(self) -> None:
+        """Nothing is left of a session that did not come to run. Harmless for one that did."""
+        if self._listener is not None:
+            health.discard(self._listener)
+
     @contextmanager
     def mounted(self) -> Iterator[None]:
         """Mount; unmount at the end unless somebody has done so, or has mounted something else there since."""

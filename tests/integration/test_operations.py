@@ -16,7 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from encfs.cli.fstab import words_of
-from encfs.errors import UsageError
+from encfs.errors import MountError, UsageError
 from encfs.mount.health import Probes, listen_at, respond
 from encfs.mount.metrics import ReadTimes, render
 from encfs.mount.options import MountStatus
@@ -159,6 +159,25 @@ def test_a_mount_needs_no_place_for_temporary_files(base: Path) -> None:
     daemon.terminate()
     _, said = daemon.communicate(timeout=60)
     assert status.get("state") == "serving", said
+
+
+@pytest.mark.fuse
+@pytest.mark.root
+def test_a_mount_that_fails_leaves_no_socket(base: Path) -> None:
+    words = [_BIN / "encfs", "mount", f"oci:{base / 'store'}:v1", base / "mount", "-k", base / "a.jwk"]
+    done = subprocess.run(
+        [
+            *("unshare", "--mount", "sh", "-c", 'mount --bind /dev/null /dev/fuse && exec "$@"', "sh", *words),
+            *("--allow-unsigned", "--foreground", "--listen", f"unix:{base / 'probes'}"),
+        ],
+        env={**os.environ, "ENCFS_RUNTIME_DIR": str(base / "run")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == MountError.exit_code, done.stderr
+    assert [path for path in base.rglob("*") if path.is_socket()] == []
 
 
 @pytest.mark.parametrize(
