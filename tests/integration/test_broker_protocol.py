@@ -142,6 +142,8 @@ def test_of_two_at_once_one_attests(client: Handshake) -> None:
 
 
 def test_evidence_of_another_session(broker: Served, client: Handshake) -> None:
+    # Of one address only so many refusals have an entry of the log.
+    client.source = "127.0.2.1"
     other = Handshake(broker.url, broker.ca).begin()
     client.begin()
     answer = client.attest(other.message())
