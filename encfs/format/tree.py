@@ -41,7 +41,7 @@ _ROOT_FIELDS = struct.Struct(">32s B 16s I Q Q I")
 _SEGMENT_SIZE = struct.Struct(">Q")
 
 #: How many bytes of the tree blob are read at once at opening, and how many level-0 nodes on a miss.
-_FIRST_READ = 32 << 10
+_FIRST_READ = 64 << 10
 _NODES_PER_READ = 8
 #: Bound of the cache of checked nodes: 1024 nodes of level 0 are 6 MiB and cover 8 GiB at 64 KiB frames.
 _CACHED_NODES = 1024
@@ -235,11 +235,11 @@ class TreeReader:
         return root_hash(fields, node_hash(self._suite, level.number, 0, first[: level.size])) == root
 
     def _take_whole_levels(self, first: bytes) -> None:
-        """Keep the upper nodes that the first read brought along, so that a mount asks the store once.
+        """Keep the nodes that the first read brought along, so that a mount asks the store for fewer.
 
         Up to one that is wrong: what comes then is asked for when it is needed, and told or mended then.
         """
-        for level in reversed(self.geometry.levels[1:-1]):
+        for level in reversed(self.geometry.levels[:-1]):
             for node in range(level.nodes):
                 offset, size = level.span(node)
                 if offset + size > len(first):
@@ -271,17 +271,16 @@ class TreeReader:
         level = self.geometry.levels[level_number]
         # Neighbours share the parent that was just checked.
         stop = min(node + _NODES_PER_READ, (node // FANOUT + 1) * FANOUT, level.nodes)
-        start_offset, _ = level.span(node)
-        last_offset, last_size = level.span(stop - 1)
-        content = self._fetch(start_offset, last_offset + last_size - start_offset, wait=wait)
+        content = self._fetch_nodes(level, node, stop, wait=wait)
         if content is None:
             return None
+        start_offset, _ = level.span(node)
         result: bytes | None = None
         for neighbour in range(node, stop):
             offset, size = level.span(neighbour)
             entries = content[offset - start_offset : offset - start_offset + size]
             expected = self._expected(level_number, neighbour, wait=wait)
-            if expected is None:
+            if expected is None or len(entries) < size:
                 break
             if neighbour == node:
                 entries = self._checked_or_refetched(level_number, node, entries, expected)
@@ -311,6 +310,14 @@ class TreeReader:
     def _check(self, level_number: int, node: int, entries: bytes, expected: bytes | None) -> None:
         if node_hash(self._suite, level_number, node, entries) != expected:
             raise IntegrityError(f"tree node {node} of level {level_number} is not what the root commits to")
+
+    def _fetch_nodes(self, level: Level, node: int, stop: int, *, wait: bool) -> bytes | None:
+        """The content of nodes up to `stop`; of the first alone where it is at hand, and the others are not."""
+        offset, first_size = level.span(node)
+        last_offset, last_size = level.span(stop - 1)
+        size = last_offset + last_size - offset
+        content = self._fetch(offset, size, wait=False) or self._fetch(offset, first_size, wait=False)
+        return self._fetch(offset, size, wait=True) if content is None and wait else content
 
     def _fetch(self, offset: int, size: int, *, wait: bool) -> bytes | None:
         content = bytearray(size)

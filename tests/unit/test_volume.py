@@ -14,7 +14,7 @@ from encfs.errors import EncfsError, FormatError, IntegrityError, UnsupportedErr
 from encfs.format.descriptor import SEGMENT_TYPE, TREE_TYPE
 from encfs.format.readahead import ReadAhead
 from encfs.format.suite import SUITES
-from encfs.format.tree import ENTRY_SIZE, FANOUT, TreeGeometry
+from encfs.format.tree import ENTRY_SIZE, FANOUT, TreeGeometry, TreeReader
 from encfs.format.volume import VolumeReader
 from encfs.format.writer import VolumeOptions, VolumeWriter, WrittenVolume
 from encfs.oci.blobs import Descriptor
@@ -115,6 +115,44 @@ def test_opening_reads_one_piece_of_the_tree() -> None:
     open_volume(store, written)
     assert store.reads == 1
     assert store.bytes_fetched <= 32 << 10
+
+
+class PartlyAtHand(MemoryBlob):
+    """A blob of which the bytes before `at_hand` are there; `waits` counts the reads of others."""
+
+    at_hand = 0
+    waits = 0
+
+    def try_read_into(self, offset: int, buffer: memoryview) -> bool:
+        if offset + len(buffer) > self.at_hand:
+            return False
+        super().read_into(offset, buffer)
+        return True
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        self.waits += 1
+        super().read_into(offset, buffer)
+
+
+def test_nodes_that_are_at_hand_are_not_waited_for() -> None:
+    store = MemoryStore()
+    descriptor = write(store, os.urandom(20 * FANOUT * FRAME)).descriptor
+    blob = PartlyAtHand(store, descriptor.tree_digest, descriptor.tree_size)
+    tree = TreeReader(descriptor.root_input(SUITES["blake3"]), descriptor.root, blob)
+    leaves = tree.geometry.levels[0]
+    assert blob.waits == 1
+    # What came with the first read is there.
+    came = [node for node in range(leaves.nodes) if sum(leaves.span(node)) <= 64 << 10]
+    assert len(came) == 10
+    assert all(tree.locate(node * FANOUT, wait=False) is not None for node in came)
+    assert tree.locate(len(came) * FANOUT, wait=False) is None
+    # The next one is, its neighbours are not: they can wait, and come when they are asked for.
+    blob.at_hand = sum(leaves.span(len(came)))
+    assert tree.locate(len(came) * FANOUT) is not None
+    assert blob.waits == 1
+    assert tree.locate((len(came) + 1) * FANOUT) is not None
+    assert blob.waits == 2
+    assert tree.locate((len(came) + 2) * FANOUT, wait=False) is not None
 
 
 def test_try_read_does_not_wait() -> None:
