@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
 
 from encfs.console import commandline
@@ -20,7 +19,7 @@ PROGRAM = "encfs"
 #: Objects made until the garbage collector looks at the young ones: starting makes many, and hardly any garbage.
 _ALLOCATIONS = 20_000
 
-_COMMANDS = [
+_COMMANDS = (
     "mount",
     "run",
     "umount",
@@ -35,20 +34,13 @@ _COMMANDS = [
     "providers",
     "sidecar",
     "csi-node",
-]
+    "attest",
+)
 
 
 def application(words: Sequence[str] = ()) -> typer.Typer:
     """The program; where `words` begin with the name of a command, this one alone, since the others take time."""
-    made = commandline.application(PROGRAM, "Mount and read encrypted, verified artifacts.")
-    named = next((word for word in words if not word.startswith("-")), "")
-    for name in [named] if named in _COMMANDS else _COMMANDS:
-        commandline.add_module(made, import_module(f"{__name__}.{name.replace('-', '_')}"))
-    if named not in _COMMANDS:
-        from encfs.cli import attest
-
-        made.add_typer(attest.app)
-    return made
+    return commandline.assemble(PROGRAM, "Mount and read encrypted, verified artifacts.", __name__, _COMMANDS, words)
 
 
 def __getattr__(name: str) -> object:

@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 from typing import Annotated, Any, NoReturn, get_type_hints
 
@@ -96,6 +97,22 @@ def add_command(app: typer.Typer, name: str, function: Callable[..., None]) -> N
 def add_module(app: typer.Typer, module: ModuleType) -> None:
     """Declare the command that a module is about: its function `command`, under the module's own name."""
     add_command(app, module.__name__.rpartition(".")[2].replace("_", "-"), module.command)
+
+
+def assemble(program: str, about: str, package: str, names: Sequence[str], words: Sequence[str] = ()) -> typer.Typer:
+    """The program whose commands are the modules of `package`; the one that `words` begin with alone: others take time.
+
+    `names` are those of commands, in the order of the help. A module has a `command`, or is an `app` with several.
+    """
+    made = application(program, about)
+    named = next((word for word in words if not word.startswith("-")), "")
+    for name in [named] if named in names else names:
+        module = import_module(f"{package}.{name.replace('-', '_')}")
+        if hasattr(module, "app"):
+            made.add_typer(module.app)
+        else:
+            add_module(made, module)
+    return made
 
 
 def main(app: typer.Typer, program: str, arguments: Sequence[str] | None = None) -> NoReturn:

@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NoReturn
 
 from encfs.console import commandline
-from imagetool.cli import (
-    attest,
-    broker,
-    convert,
-    copy,
-    decrypt,
-    encrypt,
-    inspect,
-    keygen,
-    ls,
-    ocicrypt,
-    pull,
-    push,
-    recipients,
-    release,
-    sign,
-    verify,
-)
+
+if TYPE_CHECKING:
+    import typer
+
+    app: typer.Typer
 
 PROGRAM = "imagetool"
 
-app = commandline.application(PROGRAM, "Make, check and manage encrypted artifacts.")
-for _module in (keygen, encrypt, decrypt, inspect, ls, verify):
-    commandline.add_module(app, _module)
-app.add_typer(recipients.app)
-for _module in (sign, copy, push, pull, release, convert):
-    commandline.add_module(app, _module)
-app.add_typer(ocicrypt.app)
-app.add_typer(attest.app)
-app.add_typer(broker.app)
+_COMMANDS = (
+    "keygen",
+    "encrypt",
+    "decrypt",
+    "inspect",
+    "ls",
+    "verify",
+    "recipients",
+    "sign",
+    "copy",
+    "push",
+    "pull",
+    "release",
+    "convert",
+    "ocicrypt",
+    "attest",
+    "broker",
+)
+
+
+def application(words: Sequence[str] = ()) -> typer.Typer:
+    """The program; where `words` begin with the name of a command, this one alone, since the others take time."""
+    about = "Make, check and manage encrypted artifacts."
+    return commandline.assemble(PROGRAM, about, __name__, _COMMANDS, words)
+
+
+def __getattr__(name: str) -> object:
+    """All of the program, as `app`: made when it is asked for."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = application()
+    return globals()[name]
 
 
 def main() -> NoReturn:
     """Run the program with the arguments of the process."""
-    commandline.main(app, PROGRAM)
+    commandline.main(application(sys.argv[1:]), PROGRAM)

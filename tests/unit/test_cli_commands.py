@@ -207,6 +207,9 @@ def test_a_command_alone_is_what_it_is_among_all() -> None:
         assert alone == name
     assert set(click_commands(encfs.cli.application(["no-command"]))) == set(click_commands(encfs.cli.app))
     assert "attest" in click_commands(encfs.cli.application(["attest", "-h"]))
+    for name in ("push", "recipients"):
+        alone = click_commands(imagetool.cli.application([name, "x"]))
+        assert alone == [one for one in click_commands(imagetool.cli.app) if one.split()[0] == name]
 
 
 def click_commands(app: Any) -> list[str]:
