@@ -115,7 +115,7 @@ class ArchiveSink(Layout):
         """What a writer of the same archive left that was killed."""
         for path in self._archive.parent.glob(f".{glob.escape(self._archive.name)}{_PARTIAL}*"):
             # Who writes holds a shared lock on the marker (`layoutdirectory`).
-            with contextlib.suppress(OSError), open(path / "layout" / LAYOUT_FILE, "rb") as marker:
+            with contextlib.suppress(OSError), open(path / "layout" / LAYOUT_FILE, "rb", opener=_open_marker) as marker:
                 fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if time.time() - os.fstat(marker.fileno()).st_mtime > _STALE_SECONDS:
                     shutil.rmtree(path, ignore_errors=True)
@@ -164,3 +164,8 @@ class ArchiveSink(Layout):
         """Remove what is not in the archive. Harmless when called again."""
         super().close()
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _open_marker(path: str, flags: int) -> int:
+    # In a directory that others write to, it may be a pipe that nobody ever writes to.
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -170,3 +170,13 @@ def test_what_is_no_archive_of_a_layout_is_refused(shell: Shell) -> None:
     os.mkfifo(shell.path / "pipe")
     shell.refused(UsageError, "imagetool", "inspect", "oci-archive:pipe")
     shell.refused(NotFoundError, "imagetool", "inspect", "oci-archive:missing.tar")
+
+
+def test_a_pipe_where_a_killed_writer_s_marker_would_be_is_passed_over(tmp_path: Path) -> None:
+    """Where others write to the directory as well, anybody can put one there."""
+    left = tmp_path / ".image.tar.encfs-partial-x" / "layout"
+    left.mkdir(parents=True)
+    os.mkfifo(left / "oci-layout")
+    ArchiveSink(str(tmp_path / "image.tar")).close()
+    assert left.exists()
+    assert not (tmp_path / "image.tar").exists()
