@@ -23,7 +23,7 @@ import trio
 
 from encfs import tracing
 from encfs.encoding import b64_encode
-from encfs.errors import EncfsError, MountError
+from encfs.errors import EncfsError, MountError, StorageError
 from encfs.mount import control, health, polling
 from encfs.mount.assembly import Recipe, assemble_apart, attach_at, open_fuse
 from encfs.mount.companion import Companion, NoCompanion
@@ -233,7 +233,11 @@ class Session:
         await control.serve_channel(channel, self._describe, self.stop)
         log.warning("%s: whoever handed the mount over is gone", self._plan.mountpoint)
         if self._plan.handover is not None and self._plan.handover.relayed:
-            server = listen(socket_path(runtime_directory(), self._plan.mountpoint))
+            try:
+                server = listen(socket_path(runtime_directory(), self._plan.mountpoint))
+            except StorageError as error:
+                log.warning("%s: it goes on, and nobody can ask for it: %s", self._plan.mountpoint, error)
+                return
             await control.serve(server, self._describe, self.stop)
         elif self._returning is not None:
             await self._announced.wait()

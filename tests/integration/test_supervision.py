@@ -402,3 +402,20 @@ def test_what_the_first_daemon_finds_is_what_the_command_says(mounted: Mounted) 
 def test_keys_that_can_be_had_once_only_are_refused(mounted: Mounted, key: str) -> None:
     answer = mounted.mount("-k", key, code=2)
     assert "cannot get the key" in answer["error"]["message"]
+
+
+def test_a_daemon_that_can_make_no_socket_of_its_own_serves_on(mounted: Mounted) -> None:
+    status = mounted.mount()
+    run, aside = mounted.base / "run", mounted.base / "aside"
+    with open(status["log_file"]) as log:
+        run.rename(aside)
+        run.touch()
+        os.kill(status["supervisor"], signal.SIGKILL)
+        wait_until(lambda: "nobody can ask for it" in log.read())
+        descriptor = os.open(mounted.weights, os.O_RDONLY)
+        assert mounted.read(descriptor, 4 << 20, 4096)
+        os.close(descriptor)
+    run.unlink()
+    aside.rename(run)
+    os.kill(status["pid"], signal.SIGTERM)
+    assert wait_for_end(status["pid"])

@@ -3,8 +3,8 @@
 A provider is an entry point of the group `encfs.key_providers`; other packages add theirs. Our own schemes are listed
 here as well: looking through all installed packages takes a while, and nobody else gets to see what ours are given.
 A provider's factory is a callable that takes the text behind `scheme:` and returns a `KeyProvider`; it does not touch
-the key yet and raises KeyFileError where the text is malformed. Making a provider is free of side effects: keys are
-read, prompts shown and machines asked when it first unwraps.
+the key yet and raises KeyFileError where the text is malformed. Making a provider parses no key, shows no prompt and
+asks no machine: that is done when it first unwraps.
 """
 
 from __future__ import annotations
