@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from encfs.encoding import parse_digest, sha256_digest
 from encfs.errors import (
+    ConflictError,
     FormatError,
     PinError,
     RollbackError,
@@ -109,6 +110,26 @@ class Origin:
             return "unproven"
         reasons = ["pinned"] if self.pinned else []
         return ", ".join([*reasons, f"signed by {self.signer}"] if self.signer else reasons)
+
+
+def require_accepted(binding: KeyBinding, *, artifact_id: str | None, version: int, key_name: str) -> None:
+    """Before an artifact is encrypted to a key: that whoever gets the key with its refusals accepts it.
+
+    `artifact_id` is None for an id of its own. Pins are about content that does not exist yet. Raises: ConflictError,
+    RollbackError.
+    """
+    if binding.artifact_id not in (None, artifact_id):
+        other = "a new id" if artifact_id is None else f"the id {show_name(artifact_id)}"
+        raise ConflictError(
+            f"the key {key_name} is for the artifact {show_name(binding.artifact_id)}: whoever gets it refuses {other}",
+            hint=f"--id {binding.artifact_id} is accepted; or encrypt to a key of its own",
+        )
+    if binding.min_version is not None and version < binding.min_version:
+        raise RollbackError(
+            f"version {version} is below the floor {binding.min_version} of the key {key_name}: whoever gets it "
+            "refuses it",
+            hint=f"--artifact-version {binding.min_version} or later is accepted",
+        )
 
 
 def check_binding(binding: KeyBinding, *, content_digest: str, artifact_id: str, version: int, key_name: str) -> None:

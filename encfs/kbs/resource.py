@@ -45,13 +45,13 @@ def parse_resource(content: bytes | bytearray, what: str) -> ReleasedKey:
     return ReleasedKey(decryption_key(key, what), binding)
 
 
-def recipient_key(content: bytes | bytearray, what: str) -> PublicKey | SymmetricKey:
-    """The key to encrypt to, of what a resource holds or its public half; the caller wipes `content` and what it gets.
+def recipient_key(content: bytes | bytearray, what: str) -> tuple[PublicKey | SymmetricKey, KeyBinding]:
+    """The key to encrypt to, of what a resource holds or its public half, and what whoever opens with it refuses.
 
-    Refusals that stand beside the key are for who opens. Raises: KeyFileError.
+    The caller wipes `content` and what it gets. Raises: KeyFileError.
     """
-    key, _ = _parse(content, what)
-    return key.public if isinstance(key, PrivateKey) else key
+    key, binding = _parse(content, what)
+    return (key.public if isinstance(key, PrivateKey) else key), binding
 
 
 def _parse(content: bytes | bytearray, what: str) -> tuple[Key, KeyBinding]:

@@ -120,13 +120,13 @@ def decide(
     return Decision(rule, tuple(reasons), binding, logged_claims(verdict.claims))
 
 
-def binding_of(entry: Entry, rule: Rule | None) -> KeyBinding:
+def binding_of(entry: Entry | None, rule: Rule | None) -> KeyBinding:
     """The refusals that go along with a key: those of its floor, and those of its rule."""
-    if rule is None:
-        return KeyBinding(artifact_id=entry.artifact_id, min_version=entry.min_version)
-    artifact_id = entry.artifact_id if entry.artifact_id is not None else rule.artifact_id
-    floors = [one for one in (entry.min_version, rule.min_version) if one is not None]
-    return KeyBinding(artifact_id=artifact_id, min_version=max(floors, default=None), pins=rule.content_digests)
+    sources = [one for one in (entry, rule) if one is not None]
+    ids = [one.artifact_id for one in sources if one.artifact_id is not None]
+    floors = [one.min_version for one in sources if one.min_version is not None]
+    pins = rule.content_digests if rule is not None else ()
+    return KeyBinding(artifact_id=next(iter(ids), None), min_version=max(floors, default=None), pins=pins)
 
 
 def logged_claims(claims: Claims) -> dict[str, object]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, delete, insert, select
 
 from encfs.artifact import LoadedArtifact, open_payload
-from encfs.errors import ConflictError, RollbackError, WrongKeyError
+from encfs.errors import ConflictError, WrongKeyError
 from encfs.format.descriptor import ContentDescriptor
 from encfs.kbs.resource import recipient_key
 from encfs.keys.recipients import NamedKey, Recipient, unwrap_with_key
@@ -101,47 +101,31 @@ def held_provider(opened: OpenedBroker, path: str) -> Iterator[HeldKey]:
         provider.close()
 
 
-def held_recipient(opened: OpenedBroker, path: str) -> NamedKey | SymmetricKey | None:
-    """What to encrypt to for consumers of a resource, which the caller wipes; None where the broker has none.
+def held_recipient(opened: OpenedBroker, path: str) -> tuple[NamedKey | SymmetricKey, KeyBinding] | None:
+    """What to encrypt to for consumers of a resource, which the caller wipes, and what they refuse to open with it.
 
-    Raises: KeyFileError for an opaque resource that is no key.
+    None where the broker has no such resource. Raises: KeyFileError for an opaque resource that is no key.
     """
     with opened.database.transaction(durable=False) as connection:
         current = state.load_state(connection, opened.vault)
-        if path not in current.entries:
+        entry = current.entries.get(path)
+        if entry is None:
             return None
         content = state.open_key(connection, opened.vault, current, path)
     uri = f"kbs:///{path}"
     try:
-        key = recipient_key(content, uri)
+        key, binding = recipient_key(content, uri)
     finally:
         wipe(content)
-    return SymmetricKey(key.secret, uri) if isinstance(key, SymmetricKey) else NamedKey(key, uri)
+    if entry.kind == state.KEY:
+        binding = binding_of(entry, current.policy.rule_for(path))
+    return (SymmetricKey(key.secret, uri) if isinstance(key, SymmetricKey) else NamedKey(key, uri)), binding
 
 
 def held_binding(opened: OpenedBroker, path: str) -> KeyBinding:
-    """The refusals that go along with a key of the broker's. Raises: as `load_state`."""
+    """The refusals that go along with a broker's key, or would with one of that name. Raises: as `load_state`."""
     current = opened.load_state()
-    entry = current.entries.get(path)
-    return binding_of(entry, current.policy.rule_for(path)) if entry is not None else KeyBinding()
-
-
-def require_accepted(binding: KeyBinding, path: str, artifact_id: str | None, version: int) -> None:
-    """That consumers who get the key accept an artifact which is encrypted to it. `artifact_id` is None for a new id.
-
-    Raises: ConflictError, RollbackError.
-    """
-    if binding.artifact_id not in (None, artifact_id):
-        other = "a new id" if artifact_id is None else f"the id {show_name(artifact_id)}"
-        raise ConflictError(
-            f"the key {path} is for the artifact {show_name(binding.artifact_id)}: whoever gets it refuses {other}",
-            hint=f"--id {binding.artifact_id} is accepted; or encrypt to a key of its own",
-        )
-    if binding.min_version is not None and version < binding.min_version:
-        raise RollbackError(
-            f"version {version} is below the floor {binding.min_version} of the key {path}: whoever gets it refuses it",
-            hint=f"--artifact-version {binding.min_version} or later is accepted",
-        )
+    return binding_of(current.entries.get(path), current.policy.rule_for(path))
 
 
 def floor_of(opened: OpenedBroker, path: str) -> int | None:

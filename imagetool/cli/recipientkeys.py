@@ -25,6 +25,7 @@ from encfs.errors import FormatError, KeyFileError, UsageError
 if TYPE_CHECKING:
     from encfs.keys.recipients import NamedKey, RecipientKey
     from encfs.keys.secrets import SymmetricKey
+    from encfs.trust import KeyBinding
 
 _SERVICE = "keyprovider:"
 _RESOURCES = ("kbs:", "cdh:")
@@ -49,7 +50,8 @@ def recipient_keys(
 ) -> Iterator[list[RecipientKey]]:
     """The keys to encrypt to; secrets among them are wiped at the end.
 
-    A broker says which artifacts its key is for: another one of `artifacts` would be refused when it is opened.
+    What comes with a key of a key service may say which artifacts it is for: others of `artifacts` would be refused
+    when they are opened.
 
     Raises: UsageError, KeyFileError, NotFoundError; ConflictError, RollbackError for an artifact that a key is not for;
     what a broker or key service that was named raises.
@@ -60,6 +62,7 @@ def recipient_keys(
     from encfs.keys.providers.passphrase import read_passphrase
     from encfs.keys.recipients import WrappingService, mixes_post_quantum
     from encfs.keys.secrets import SymmetricKey
+    from encfs.trust import KeyBinding
 
     # The artifact's own keys are made for the recipients, whatever those are.
     protect_keys()
@@ -70,9 +73,17 @@ def recipient_keys(
                 service = parse_service(word.removeprefix(_SERVICE))
                 keys.append(WrappingService(service.name, service.wrap))
                 continue
-            key = _resource_key(terminal, word, artifacts) if word.startswith(_RESOURCES) else load_recipient_key(word)
+            key: RecipientKey
+            binding = KeyBinding()
+            if word.startswith(_RESOURCES):
+                key, binding = _resource_key(terminal, word, artifacts)
+            else:
+                key = load_recipient_key(word)
             if isinstance(key, SymmetricKey):
                 stack.callback(key.wipe)
+            _require_accepted(binding, artifacts, word)
+            if binding.pins:
+                terminal.warn(f"{word.partition('?')[0]} is for certain content: let it be for the new one as well")
             keys.append(key)
         if passphrase_file is not None:
             standard_input = passphrase_file == "-"  # noqa: S105 -- the name of a file
@@ -84,6 +95,13 @@ def recipient_keys(
                 "a post-quantum recipient stands beside one that is not: whoever breaks the weaker one reads everything"
             )
         yield keys
+
+
+def _require_accepted(binding: KeyBinding, artifacts: Sequence[ForWhat], word: str) -> None:
+    from encfs.trust import require_accepted
+
+    for one in artifacts:
+        require_accepted(binding, artifact_id=one.artifact_id, version=one.version, key_name=word.partition("?")[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,18 +161,21 @@ def _path(front: str, uri: str) -> str:
     return str(path)
 
 
-def _resource_key(terminal: Terminal, text: str, artifacts: Sequence[ForWhat]) -> SymmetricKey | NamedKey:
+def _resource_key(
+    terminal: Terminal, text: str, artifacts: Sequence[ForWhat]
+) -> tuple[SymmetricKey | NamedKey, KeyBinding]:
+    """The key, and what whoever opens with it refuses."""
     wanted = parse_resource_recipient(text)
     if wanted.way == "key":
         return _given_key(wanted)
     if wanted.way == "broker":
         return _broker_key(terminal, wanted, artifacts)
-    from encfs.keys.providers import fetched_key
+    from encfs.keys.providers import fetched_bound_key
 
-    return fetched_key(wanted.uri)
+    return fetched_bound_key(wanted.uri)
 
 
-def _given_key(wanted: ResourceRecipient) -> SymmetricKey | NamedKey:
+def _given_key(wanted: ResourceRecipient) -> tuple[SymmetricKey | NamedKey, KeyBinding]:
     """The key of a file that holds what the resource does, or the public half of that."""
     from encfs.kbs.resource import recipient_key
     from encfs.keys.files import read_key_file
@@ -164,36 +185,34 @@ def _given_key(wanted: ResourceRecipient) -> SymmetricKey | NamedKey:
 
     content, access = read_key_file(wanted.value)
     try:
-        key = recipient_key(content, wanted.value)
+        key, binding = recipient_key(content, wanted.value)
     finally:
         wipe(content)
     if isinstance(key, PublicKey):
         key.require(Use.ENCRYPT, wanted.value)
-        return NamedKey(key, wanted.kid)
+        return NamedKey(key, wanted.kid), binding
     access.check()
-    return SymmetricKey(key.secret, wanted.kid)
+    return SymmetricKey(key.secret, wanted.kid), binding
 
 
-def _broker_key(terminal: Terminal, wanted: ResourceRecipient, artifacts: Sequence[ForWhat]) -> SymmetricKey | NamedKey:
+def _broker_key(
+    terminal: Terminal, wanted: ResourceRecipient, artifacts: Sequence[ForWhat]
+) -> tuple[SymmetricKey | NamedKey, KeyBinding]:
     """The key that the broker holds under that name, made there where it holds none."""
     from imagetool.cli.broker.parts import add_key, opened
 
     with opened(wanted.value) as broker:
         from encfs.keys.secrets import KEK_SIZE, SymmetricKey
         from imagetool.broker import state
-        from imagetool.broker.publishing import held_binding, held_recipient, require_accepted
+        from imagetool.broker.publishing import held_binding, held_recipient
 
-        binding = held_binding(broker, wanted.path)
-        for one in artifacts:
-            require_accepted(binding, wanted.path, one.artifact_id, one.version)
-        if binding.pins:
-            terminal.warn(
-                f"the rule for {wanted.path} is for certain content: add the new content digest to its content_digests"
-            )
         held = held_recipient(broker, wanted.path)
         if held is not None:
             return held
+        binding = held_binding(broker, wanted.path)
+        # Before it is made.
+        _require_accepted(binding, artifacts, wanted.kid)
         made = SymmetricKey(bytearray(secrets.token_bytes(KEK_SIZE)), wanted.kid)
         add_key(terminal, broker, wanted.path, state.KEY, made.secret)
     terminal.note(f"{wanted.kid} was made in the broker {wanted.value}")
-    return made
+    return made, binding

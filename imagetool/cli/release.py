@@ -157,7 +157,8 @@ def _encrypt(
     """Encrypt to the broker's key; the content digest."""
     from encfs.keys.files import load_signing_key
     from encfs.oci.store import open_sink
-    from imagetool.broker.publishing import floor_of, held_binding, held_key, require_accepted
+    from encfs.trust import require_accepted
+    from imagetool.broker.publishing import floor_of, held_binding, held_key
     from imagetool.pipeline.encrypt import EncryptOptions, encrypt
 
     if trust.artifact_id is None or trust != TrustOptions(artifact_id=trust.artifact_id):
@@ -173,7 +174,8 @@ def _encrypt(
         floor = floor_of(broker, path)
         version = 1 if floor is None else floor + 1
     # Before anything is written.
-    require_accepted(held_binding(broker, path), path, trust.artifact_id, version)
+    line = held_binding(broker, path)
+    require_accepted(line, artifact_id=trust.artifact_id, version=version, key_name=f"kbs:///{path}")
     recipient = held_key(broker, path)
     reference = parse_reference(destination)
     try:

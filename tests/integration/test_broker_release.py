@@ -91,6 +91,28 @@ def test_what_consumers_would_refuse_is_not_encrypted(owner: Owner) -> None:
     imagetool("broker", "key", "remove", owner.broker, "free/key/a")
 
 
+def test_nor_to_a_key_that_comes_with_refusals_by_itself(owner: Owner) -> None:
+    """What the resource holds, in a file; and a rule of a key that is not there yet, which is not made then."""
+    key = json.loads((owner.place / "kek.jwk").read_text())
+    held = owner.place / "held.json"
+    held.write_text(json.dumps({"key": key, "id": "acme/chat", "min_version": 2}))
+    held.chmod(0o600)
+    words = ("encrypt", owner.place / "src", owner.reference("file"), "-r", f"{OWN}?key={held}")
+    assert "refuses a new id" in imagetool(*words, code=4)["error"]["message"]
+    line = ("--id", "acme/chat", "--artifact-version")
+    assert "below the floor 2" in imagetool(*words, *line, "1", code=33)["error"]["message"]
+    imagetool(*words, *line, "2")
+    rule = f'[key."{PATH}"]\ntee = "sample"\n'
+    set_policy(owner.broker, f'{rule}[key."fresh/*"]\ntee = "sample"\nartifact_id = "acme/fresh"\n')
+    try:
+        fresh = ("-r", f"kbs:///fresh/key/a?broker={owner.broker}")
+        refused = imagetool("encrypt", owner.place / "src", owner.reference("fresh"), *fresh, code=4)["error"]
+        assert "is for the artifact 'acme/fresh'" in refused["message"]
+        assert [one["path"] for one in imagetool("broker", "key", "list", owner.broker)["keys"]] == [PATH]
+    finally:
+        set_policy(owner.broker, rule)
+
+
 def test_nor_is_the_key_added_to_such_an_artifact(owner: Owner) -> None:
     of_others = owner.reference("others")
     key = owner.place / "other.jwk"
@@ -110,7 +132,7 @@ def test_content_that_a_rule_does_not_name_yet_is_warned_of(owner: Owner) -> Non
     set_policy(owner.broker, f'{rule}content_digests = ["sha256:{"5a" * 32}"]\n')
     try:
         (warning,) = owner.encrypt("src", "pinned", 2)["warnings"]
-        assert "add the new content digest to its content_digests" in warning
+        assert f"{OWN} is for certain content" in warning
     finally:
         set_policy(owner.broker, rule)
 

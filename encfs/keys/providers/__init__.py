@@ -116,18 +116,24 @@ def fetched_key(uri: str, *, bare: bool = False) -> SymmetricKey:
     Raises: as `provider_from_uri` and the provider's `fetch`; KeyFileError where the scheme hands no key out, or not a
     bare one.
     """
+    key, binding = fetched_bound_key(uri)
+    if bare and binding != KeyBinding():
+        key.wipe()
+        raise KeyFileError(
+            f"{uri.partition('?')[0]} came with refusals (an id, a floor or pins), which would be lost without it",
+            hint=f"open with -k {uri.partition('?')[0]} itself",
+        )
+    return key
+
+
+def fetched_bound_key(uri: str) -> tuple[SymmetricKey, KeyBinding]:
+    """As `fetched_key`, with the refusals that came with the key."""
     provider = provider_from_uri(uri)
     try:
         if not isinstance(provider, FetchingProvider):
             raise KeyFileError(f"{provider.uri} hands no symmetric key out", hint="give a key file")
         key = provider.fetch()
-        if bare and isinstance(provider, BoundProvider) and provider.binding != KeyBinding():
-            key.wipe()
-            raise KeyFileError(
-                f"{provider.uri} came with refusals (an id, a floor or pins), which would be lost without it",
-                hint=f"open with -k {provider.uri} itself",
-            )
-        return key
+        return key, provider.binding if isinstance(provider, BoundProvider) else KeyBinding()
     finally:
         provider.close()
 
