@@ -40,6 +40,8 @@ from encfs.mount.runtime import (
 _PATIENCE = 5.0
 #: Seconds between two looks at something that gives no notice.
 _INTERVAL = 0.02
+#: Seconds for which a mount that nobody seems to use may be in use: who looks at it (df, another's status) does so.
+_MOMENT = 2.0
 
 
 class _NoDaemonError(Exception):
@@ -151,15 +153,31 @@ def _is_abandoned(mountpoint: str, daemons: list[_Daemon]) -> bool:
 
 
 def _unmount_politely(mountpoint: str, *, lazy: bool) -> None:
-    try:
-        unmount(mountpoint, lazy=lazy)
-    except BusyError:
-        holders = find_holders(mountpoint)
-        by = f" by {', '.join(holders)}" if holders else ""
-        raise MountError(
-            f"{mountpoint} is in use{by}",
-            hint="end what uses it, or use --lazy to end it with its last user, or --force to end it now",
-        ) from None
+    holders: list[str] = []
+    for seconds in (0.0, _MOMENT):
+        if _unmounts_within(seconds, mountpoint, lazy=lazy):
+            return
+        if holders := find_holders(mountpoint):
+            break
+    by = f" by {', '.join(holders)}" if holders else ""
+    raise MountError(
+        f"{mountpoint} is in use{by}",
+        hint="end what uses it, or use --lazy to end it with its last user, or --force to end it now",
+    )
+
+
+def _unmounts_within(seconds: float, mountpoint: str, *, lazy: bool) -> bool:
+    """Whether that succeeds, tried once at least; False as long as the mount is in use."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            unmount(mountpoint, lazy=lazy)
+        except BusyError:
+            if time.monotonic() >= deadline:
+                return False
+        else:
+            return True
+        time.sleep(_INTERVAL)
 
 
 def _force(mount: MountInfo, daemon: _Daemon, deadline: float) -> None:

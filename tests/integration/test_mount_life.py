@@ -21,6 +21,7 @@ import pytest
 
 from encfs.errors import FormatError, IntegrityError, MountError, NotMountedError, StorageError
 from encfs.mount import MountOptions, MountStatus, choose_shape, mount
+from encfs.mount.holders import find_holders
 from encfs.mount.mountpoint import top_mount
 from tests.support.mounts import (
     REPOSITORY,
@@ -280,6 +281,26 @@ def test_a_busy_mount_names_who_holds_it(place: Place) -> None:
             holder.kill()
     assert (place.mount / "hello").read_text() == "hello\n"
     end_mount(place.run, place.mount)
+    place.assert_nothing_is_left(status.pid)
+
+
+def test_a_mount_that_is_looked_at_for_a_moment_is_unmounted(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An open directory on its way through a socket is nobody's, as the lookup of a path by another process is."""
+    status = place.start()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        directory = os.open(place.mount, os.O_RDONLY)
+        socket.send_fds(ours, [b"x"], [directory])
+        os.close(directory)
+        with pytest.raises(MountError, match=r"is in use; end what uses it"):
+            end_mount(place.run, place.mount)
+
+        def look(mountpoint: str) -> list[str]:
+            theirs.close()
+            return find_holders(mountpoint)
+
+        monkeypatch.setattr("encfs.mount.client.find_holders", look)
+        end_mount(place.run, place.mount)
     place.assert_nothing_is_left(status.pid)
 
 
