@@ -45,7 +45,8 @@ def deferred(name: str) -> Iterator[None]:
 def loaded_meanwhile(name: str) -> Iterator[None]:
     """Import a module in a thread, which has ended when the block has.
 
-    It pays where the block waits for a network. Where the import fails, whoever imports the module is told.
+    It pays where the block waits for a network. Where the import fails, or no thread is to be had, whoever imports
+    the module is told, or does it.
     """
 
     def load() -> None:
@@ -53,8 +54,10 @@ def loaded_meanwhile(name: str) -> Iterator[None]:
             import_module(name)
 
     thread = threading.Thread(target=load, name="encfs-load")
-    thread.start()
+    with suppress(RuntimeError):
+        thread.start()
     try:
         yield
     finally:
-        thread.join()
+        if thread.ident is not None:
+            thread.join()

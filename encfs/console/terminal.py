@@ -30,6 +30,8 @@ ProgressMode = Literal["auto", "none", "plain", "fancy"]
 SIGNAL_EXIT_BASE = 128
 #: Exit code of an error that is no `EncfsError`, which is a bug (EX_SOFTWARE of sysexits.h).
 INTERNAL_ERROR_EXIT_CODE = 70
+#: What Python's RuntimeError says then, wherever a thread was to be started.
+_NO_THREAD = "can't start new thread"
 
 #: Warnings that are kept for `--json`; a mount in the foreground may log many more.
 _MAX_WARNINGS = 100
@@ -292,6 +294,12 @@ def translated_errors() -> Iterator[None]:
         yield
     except MemoryError as error:
         raise EncfsError("out of memory", hint="free some, or give smaller cache and segment sizes") from error
+    except RuntimeError as error:
+        if str(error) != _NO_THREAD:
+            raise
+        raise EncfsError(
+            "the system lets no more threads be started", hint="raise the limit of processes (ulimit -u, pids.max)"
+        ) from error
     except EOFError as error:
         raise UsageError("standard input ended where an answer was expected", hint="name a file instead") from error
     except OSError as error:

@@ -109,6 +109,7 @@ def test_a_bug_shows_its_text_only_for_debugging(
         (OSError(errno.EACCES, "x", b"/a/b"), StorageError, "/a/b: Permission denied"),
         (OSError(errno.EIO, "x"), StorageError, "Input/output error"),
         (MemoryError(), EncfsError, "out of memory; "),
+        (RuntimeError("can't start new thread"), EncfsError, "the system lets no more threads be started; "),
         (EOFError(), UsageError, "standard input ended"),
     ],
 )
@@ -117,6 +118,26 @@ def test_what_the_system_throws_becomes_typed(raised: BaseException, expected: t
         raise raised
     assert type(caught.value) is expected
     assert str(caught.value).startswith(message)
+
+
+def test_a_bug_stays_one() -> None:
+    with pytest.raises(RuntimeError, match="odd"), translated_errors():
+        raise RuntimeError("odd")
+
+
+def test_no_thread_to_be_had() -> None:
+    """In truth: without privilege, since a limit of processes does not hold for root."""
+    program = (
+        "import os, resource, threading\n"
+        "from encfs.console.terminal import translated_errors\n"
+        "from encfs.deferred import loaded_meanwhile\n"
+        "resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))\n"
+        "if os.geteuid() == 0: os.setgroups([]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)\n"
+        "with loaded_meanwhile('colorsys'): pass\n"
+        "with translated_errors(): threading.Thread(target=int).start()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stderr.splitlines()[-1].startswith("encfs.errors.EncfsError: the system lets no more threads")
 
 
 def test_results_are_lines_or_an_object(terminal: Terminal, capfd: pytest.CaptureFixture[str]) -> None:
