@@ -66,14 +66,14 @@ def demonstrate(work: Path, first: int) -> None:
             step(first + 3, "A new version is released; the old one is refused")
             (model / "weights.bin").write_bytes(os.urandom(1 << 20))
             show(run("imagetool", "release", model, f"{store}:v2", *into, *sign))
-            run("encfs", "cat", f"{store}:v1", "weights.bin", "-k", key, *trust, code=23)
+            run("encfs", "cat", f"{store}:v1", "weights.bin", "-k", key, *trust, code=24)
             claim("below the floor 2" in _last(place), "the log says why: " + _last(place))
             run("encfs", "extract", f"{store}:v2", work / "vision-v2", "-k", key, *trust)
             claim("released" in _last(place), "the new version opens")
 
             step(first + 4, "Something else runs on the machine: one PCR is another")
             extend("5a" * 32)
-            run("encfs", "cat", f"{store}:v2", "weights.bin", "-k", key, *trust, code=23)
+            run("encfs", "cat", f"{store}:v2", "weights.bin", "-k", key, *trust, code=24)
             claim(f"PCR {_PCR}" in _last(place), "the log says why: " + _last(place))
     show(run("imagetool", "broker", "releases", place, "--verify"))
 
