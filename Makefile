@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.made-from-pyproject
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test image-test lint bench clean
 
 help:  ## Show the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 setup: $(STAMP)  ## Install the system packages and make .venv
 
@@ -31,6 +31,10 @@ test: $(STAMP)  ## Run all tests
 	scripts/install-packages test
 	@$(BIN)/python -m tests.support.programs
 	$(BIN)/python -m pytest --numprocesses auto --quiet
+
+image-test: $(STAMP)  ## Build the container image, and run it in the three ways of the manifests (root; asks apt and PyPI)
+	scripts/install-packages test
+	scripts/test-image
 
 lint: $(STAMP)  ## Check style and types
 	$(BIN)/ruff check .

@@ -44,14 +44,15 @@ def command(
     from encfs.mount.logs import logging_to
 
     try:
-        from encfs.csi.node import Node, start
+        from encfs.csi.node import Node, endpoint_path, start
     except ImportError:
         raise UnsupportedError("grpcio is not installed", hint="pip install 'encfs[csi]'") from None
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     with logging_to(None, log_format):
-        place = Path(state) if state is not None else Path(endpoint.removeprefix("unix:")).parent / "volumes"
-        server = start(Node(node_id, Path(kubelet), daemon_user, place), endpoint)
+        path = endpoint_path(endpoint)
+        place = Path(state) if state is not None else path.parent / "volumes"
+        server = start(Node(node_id, Path(kubelet), daemon_user, place), path)
         terminal.result({"endpoint": endpoint}, [f"serving CSI at {endpoint}"])
         terminal.flush()
         signal.sigwait(signals)

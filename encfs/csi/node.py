@@ -105,13 +105,17 @@ class Node:
             if found is not None and (found.target, found.record.attributes) == (target, record.attributes):
                 if not found.has_ended:
                     return csi.NodePublishVolumeResponse()
-                found.close()
-                del self._volumes[record.volume_id]
             elif found is not None or any(one.target == target for one in self._volumes.values()):
                 context.abort(grpc.StatusCode.ALREADY_EXISTS, "the volume or its path is published differently")
             try:
-                begin = Volume.restore if _is_left(target) else Volume.publish
-                os.makedirs(target, exist_ok=True)
+                if found is not None:
+                    found.close()
+                    del self._volumes[record.volume_id]
+                begin = Volume.restore
+                if not _is_left(target):
+                    # What is mounted may be dead, or wait for a daemon: nothing is asked of it.
+                    os.makedirs(target, exist_ok=True)
+                    begin = Volume.publish
                 self._records.save(record)
                 self._volumes[record.volume_id] = begin(record, handover, self._user, self._records.save)
             except (EncfsError, OSError) as error:
@@ -197,17 +201,22 @@ def _service(name: str, methods: Mapping[str, Callable[[Any, grpc.ServicerContex
     return grpc.method_handlers_generic_handler(name, handlers)
 
 
-def start(node: Node, address: str) -> grpc.Server:
-    """A server at `unix:PATH`, started. Raises: UsageError."""
-    if not address.startswith("unix:"):
-        raise UsageError(f"the plugin listens at a unix socket, not at {address!r}", hint="write unix:PATH")
-    path = Path(address.removeprefix("unix:"))
+def endpoint_path(endpoint: str) -> Path:
+    """The socket that `unix:PATH` stands for. Raises: UsageError."""
+    path = endpoint.removeprefix("unix:")
+    if path == endpoint or not path:
+        raise UsageError(f"the plugin listens at a unix socket, not at {endpoint!r}", hint="write unix:PATH")
+    return Path(path)
+
+
+def start(node: Node, path: Path) -> grpc.Server:
+    """A server at this socket, started. Raises: UsageError."""
     if path.is_socket():
         path.unlink()
     server = grpc.server(ThreadPoolExecutor(_WORKERS), handlers=node.handlers())
     try:
         server.add_insecure_port(f"unix:{path}")
     except RuntimeError as error:
-        raise UsageError(f"cannot listen at {address}: {error}") from None
+        raise UsageError(f"cannot listen at {path}: {error}") from None
     server.start()
     return server

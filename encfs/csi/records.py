@@ -48,7 +48,7 @@ class Records:
         """Raises: StorageError."""
         self._directory = directory
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise StorageError(f"the plugin's state {directory} cannot be made: {error.strerror}") from None
 
