@@ -20,6 +20,7 @@ from tests.support.cluster import Node, Pod, artifacts, node, pod
 from tests.support.mounts import detach_all, is_mounted
 from tests.support.programs import csi_sanity
 from tests.support.registry import OciServer
+from tests.support.waiting import wait_until
 
 __all__ = ["artifacts", "node", "pod"]
 
@@ -39,7 +40,7 @@ def test_a_volume_from_publishing_to_the_end(node: Node, pod: Pod) -> None:
     assert other.value.code() == grpc.StatusCode.ALREADY_EXISTS
     sidecar, status = pod.serve()
     assert pod.read() == pod.artifacts.content
-    assert node.condition(pod) == (False, f"serving {status['content_digest']}")
+    wait_until(lambda: node.condition(pod) == (False, f"serving {status['content_digest']}"))
     assert "CapEff:\t0000000000000000" in Path(f"/proc/{sidecar.pid}/status").read_text()
     # The descriptor is given to one daemon at a time; the next one goes on with the same mount.
     assert "served already" in pod.refusal()["message"]
