@@ -42,7 +42,7 @@ from encfs.erofs.xattrs import decode_inline_xattrs, encode_xattrs
 from encfs.errors import SourceError
 
 _ZEROS = bytes(1 << 16)
-#: A file this many times as large as the alignment begins at a multiple of it: at most one part in 32 is padding.
+#: A file that takes this many times the alignment begins at a multiple of it: at most one part in 32 is padding.
 _ALIGNED_SIZE = 32
 _MAX_SIZE = (1 << 63) - 1
 _MAX_ID = (1 << 32) - 1
@@ -343,7 +343,7 @@ class ErofsWriter:
         extent = next(remaining, None)
         step = 1 << (plan.chunk_bits - BLOCK_BITS)
         covered = first = 0
-        if size >= _ALIGNED_SIZE * self._alignment:
+        if plan.cost - plan.index_size >= _ALIGNED_SIZE * self._alignment:
             self._write_zeros(-self._sink.position % self._alignment)
         for start, end in plan.ranges:
             first = self._reserve(path, end - start)
