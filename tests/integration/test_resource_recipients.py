@@ -17,7 +17,7 @@ from encfs.keys.keyring import create_keyring, parse_keyring
 from encfs.keys.recipients import NamedKey, RecipientKey, unwrap_with_key
 from encfs.keys.secrets import SymmetricKey
 from imagetool.cli.recipientkeys import parse_resource_recipient, recipient_keys
-from tests.support.broker import Served, imagetool, make_broker, serving
+from tests.support.broker import SAMPLE_POLICY, Served, imagetool, make_broker, serving, set_policy
 
 DIGEST = "sha256:" + "5a" * 32
 
@@ -104,6 +104,18 @@ def test_fetching_is_asked_for(broker: Served) -> None:
     assert released(broker) == before
     assert recipients(broker, "fetch", broker.uri(more="&fetch=yes"))[0]["kid"] == "kbs:///default/key/chat"
     assert released(broker) == before + 1
+
+
+def test_a_fetched_key_that_comes_with_refusals(broker: Served) -> None:
+    """What it is not for is not encrypted to it, as whoever opens with it would refuse that."""
+    set_policy(broker.directory, SAMPLE_POLICY + '[key."bound/*"]\ntee = "sample"\nartifact_id = "acme/bound"\n')
+    imagetool("broker", "key", "add", broker.directory, "bound/key/a", "--kek", broker.directory.parent / "kek.jwk")
+    place = broker.directory.parent
+    words = ("encrypt", place / "data", f"oci:{place / 'store'}:bound", "-r", broker.uri("bound/key/a", "&fetch=yes"))
+    refused = imagetool(*words, "--id", "acme/other", code=4)["error"]
+    assert "is for the artifact 'acme/bound': whoever gets it refuses the id 'acme/other'" in refused["message"]
+    imagetool(*words, "--id", "acme/bound")
+    assert read(broker, "bound", "bound/key/a") == b"content"
 
 
 def test_another_recipient_is_added(broker: Served) -> None:
