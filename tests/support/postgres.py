@@ -33,12 +33,6 @@ class Postgres:
     def stop(self) -> None:
         self.tool("pg_ctl", "-D", self.data, "-m", "immediate", "stop")
 
-    def processes(self) -> list[int]:
-        """The server's process, and those of its connections."""
-        main = int((self._directory / "data" / "postmaster.pid").read_text().splitlines()[0])
-        children = Path(f"/proc/{main}/task/{main}/children").read_text().split()
-        return [main, *map(int, children)]
-
     def database(self) -> str:
         name = f"broker_{uuid.uuid4().hex}"
         self.tool("createdb", "-h", str(self._directory), name)

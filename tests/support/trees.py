@@ -122,11 +122,6 @@ def assert_same(left: dict[bytes, Node], right: dict[bytes, Node], scope: Scope 
     assert not differences, "\n".join(differences[:10])
 
 
-def assert_same_trees(left: Path | bytes, right: Path | bytes, scope: Scope = Scope()) -> None:
-    """Compare two directories."""
-    assert_same(scan_tree(left), scan_tree(right), scope)
-
-
 def _comparable(node: Node, scope: Scope) -> dict[str, object]:
     fields: dict[str, object] = {
         "mode": oct(node.mode),

@@ -24,7 +24,7 @@ DEVICE = Path("/dev/sev-guest")
 Ioctl = Callable[[int, int, bytearray], int]
 
 # _IOWR('S', n, struct snp_guest_request_ioctl).
-SNP_GET_REPORT, SNP_GET_DERIVED_KEY, SNP_GET_EXT_REPORT = 0xC0205300, 0xC0205301, 0xC0205302
+SNP_GET_DERIVED_KEY, SNP_GET_EXT_REPORT = 0xC0205301, 0xC0205302
 _MESSAGE_VERSION = 1
 
 #: struct snp_guest_request_ioctl. The two errors are the halves of `exitinfo2`.
