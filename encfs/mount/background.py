@@ -12,13 +12,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from typing import NoReturn
 
 from encfs.errors import EncfsError, MountError, error_named
 from encfs.hardening import protect_keys
 
 _MAX_REPORT = 1 << 20
+#: Seconds until a daemon whose start is given up has said which process it is: the first thing that it does.
+_PATIENCE = 30.0
+_INTERRUPTS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 
 class Report:
@@ -62,16 +65,17 @@ def run_in_background(main: Callable[[Report], int], *, timeout: float) -> Mappi
     reading, writing = os.pipe2(os.O_CLOEXEC)
     sys.stdout.flush()
     sys.stderr.flush()
+    # An interrupt waits until there is somebody who ends the daemon for it, and is none of the children's.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
     first = os.fork()
     if first == 0:
-        _become_daemon(main, reading, writing)
+        _become_daemon(main, reading, writing, mask)
     os.close(writing)
     with open(reading, "rb", buffering=0) as pipe:
-        os.waitpid(first, 0)
-        return _await_report(pipe.fileno(), timeout)
+        return _await_report(pipe.fileno(), first, mask, timeout)
 
 
-def _become_daemon(main: Callable[[Report], int], reading: int, writing: int) -> NoReturn:
+def _become_daemon(main: Callable[[Report], int], reading: int, writing: int, mask: Set[int]) -> NoReturn:
     """In the first child: leave session and parent, then run."""
     code = 1
     try:
@@ -83,6 +87,7 @@ def _become_daemon(main: Callable[[Report], int], reading: int, writing: int) ->
         os.chdir("/")
         os.umask(0o077)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         protect_keys()
         null = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
@@ -94,15 +99,21 @@ def _become_daemon(main: Callable[[Report], int], reading: int, writing: int) ->
         os._exit(code)
 
 
-def _await_report(descriptor: int, timeout: float) -> Mapping[str, object]:
+def _await_report(descriptor: int, first: int, mask: Set[int], timeout: float) -> Mapping[str, object]:
+    """What comes through the pipe; `first` is the child that only starts the daemon, `mask` the signals blocked before.
+
+    The daemon is ended where this is interrupted or takes too long.
+    """
     deadline = time.monotonic() + timeout
     received = b""
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        os.waitpid(first, 0)
         # The process number is one line, the report another; then the pipe is closed.
         while len(received) < _MAX_REPORT and (piece := _read_before(descriptor, deadline)):
             received += piece
     except BaseException as error:
-        _end(received)
+        _end(descriptor, received)
         if isinstance(error, TimeoutError):
             raise MountError(
                 f"the mount is not ready within {timeout:g} seconds", hint="is the place reachable that it reads from?"
@@ -125,8 +136,14 @@ def _read_before(descriptor: int, deadline: float) -> bytes:
     return os.read(descriptor, 64 << 10)
 
 
-def _end(received: bytes) -> None:
-    """Have the process end whose start is given up; it unmounts."""
+def _end(descriptor: int, received: bytes) -> None:
+    """Have the process end whose start is given up; it unmounts. It may not have said yet which one it is."""
+    deadline = time.monotonic() + _PATIENCE
+    try:
+        while b"\n" not in received and (piece := _read_before(descriptor, deadline)):
+            received += piece
+    except TimeoutError:
+        return
     line = received.partition(b"\n")[0]
     if line:
         try:

@@ -202,12 +202,12 @@ def test_installing_can_be_undone(monkeypatch: pytest.MonkeyPatch) -> None:
 # Going to the background. In a process of its own: pytest's may have threads.
 
 
-def in_background(body: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+def in_background(body: str, timeout: float = 60.0, before: str = "") -> subprocess.CompletedProcess[str]:
     script = (
         "import os, sys, time, signal\n"
         "from encfs.errors import *\n"
         "from encfs.mount.background import run_in_background\n"
-        f"def main(report):\n    {body}\n    return 0\n"
+        f"def main(report):\n    {body}\n    return 0\n{before}\n"
         f"try:\n    print(run_in_background(main, timeout={timeout}))\n"
         "except EncfsError as error:\n    print(type(error).__name__, error)\n"
     )
@@ -239,6 +239,23 @@ def test_a_daemon_that_is_not_ready_in_time_is_ended(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     done = in_background(f"open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(600)", timeout=3.0)
     assert done.stdout.startswith("MountError the mount is not ready within 3 seconds")
+    assert wait_for_end(int(pid_file.read_text()))
+
+
+def test_an_interrupt_ends_a_daemon_that_has_only_just_started(tmp_path: Path) -> None:
+    """Ctrl-C before it was read which process it is: the mount appeared although the command was given up."""
+    pid_file = tmp_path / "pid"
+    interrupted = f"""
+def waitpid(*of, wait=os.waitpid):
+    wait(*of)
+    while not os.path.exists({str(pid_file)!r}):
+        time.sleep(0.01)
+    raise KeyboardInterrupt
+os.waitpid = waitpid
+"""
+    body = f"open('{pid_file}.new', 'w').write(str(os.getpid())); os.rename('{pid_file}.new', '{pid_file}'); "
+    done = in_background(body + "time.sleep(600)", before=interrupted)
+    assert done.stderr.endswith("KeyboardInterrupt\n")
     assert wait_for_end(int(pid_file.read_text()))
 
 
