@@ -33,6 +33,11 @@ INTERNAL_ERROR_EXIT_CODE = 70
 #: What Python's RuntimeError says then, wherever a thread was to be started.
 _NO_THREAD = "can't start new thread"
 
+#: Python's import system, by the module names of its functions.
+_IMPORT_SYSTEM = frozenset({"importlib._bootstrap", "importlib._bootstrap_external"})
+#: Seconds until a signal that came in the middle of it is looked at again.
+_MOMENT = 0.005
+
 #: Warnings that are kept for `--json`; a mount in the foreground may log many more.
 _MAX_WARNINGS = 100
 
@@ -322,10 +327,20 @@ def run(terminal: Terminal, call: Callable[[], int]) -> int:
     SIGINT, SIGTERM and SIGHUP unwind it like an exception, so that nothing half-made stays behind; the exit code is
     then 128 + the signal's number.
     """
+    noticed: list[int] = []
     received: list[int] = []
 
-    def interrupt(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGALRM:
+            noticed.append(number)
+        if not noticed:
+            return  # an alarm that is not ours
+        if frame is not None and frame.f_globals.get("__name__") in _IMPORT_SYSTEM:
+            # In the middle of its own locks an exception gets lost, or leaves one locked for ever: a moment later.
+            signal.signal(signal.SIGALRM, interrupt)
+            signal.setitimer(signal.ITIMER_REAL, _MOMENT)
+            return
+        received.append(noticed[0])
         raise KeyboardInterrupt
 
     with _handling(interrupt):
@@ -354,7 +369,7 @@ def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None
         yield
         return
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    previous = {number: signal.getsignal(number) for number in numbers}
+    previous = {number: signal.getsignal(number) for number in (*numbers, signal.SIGALRM)}
     for number in numbers:
         # nohup and background jobs of a shell ignore some of them on purpose.
         if previous[number] != signal.SIG_IGN:
@@ -362,6 +377,8 @@ def _handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None
     try:
         yield
     finally:
+        if signal.getsignal(signal.SIGALRM) is handler:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, old in previous.items():
             if old is not None:
                 signal.signal(number, old)

@@ -347,6 +347,28 @@ def test_signals_unwind(name: str) -> None:
     assert done.stderr == f"encfs: interrupted by {name}\n"
 
 
+def test_a_signal_in_the_middle_of_an_import_waits_for_its_end() -> None:
+    """Raised there it was lost, where a weak reference's callback ran, or left the import system's lock locked."""
+    importing = f"""
+import importlib._bootstrap, types
+def inside():
+    kill(pid, {int(signal.SIGINT)})
+    steps.append(1)
+    steps.append(2)
+steps = []
+names = {{**vars(importlib._bootstrap), "kill": os.kill, "pid": os.getpid(), "steps": steps}}
+try:
+    types.FunctionType(inside.__code__, names)()
+    time.sleep(30)
+finally:
+    print(steps, flush=True)
+"""
+    done = _run(f"exec({importing!r}, {{**globals()}})")
+    assert done.returncode == SIGNAL_EXIT_BASE + signal.SIGINT
+    assert done.stdout == "[1, 2]\ncleaned up\n"
+    assert done.stderr == "encfs: interrupted by SIGINT\n"
+
+
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
     done = _run(f"os.kill(os.getpid(), {int(signal.SIGHUP)})", "trap '' HUP; exec \"$@\"")
     assert done.returncode == 0
