@@ -41,6 +41,9 @@ PATIENCE = 60.0
 #: Seconds for a daemon that comes by to say that it brings a connection back: it does so at once.
 _RETURN_PATIENCE = 2.0
 
+#: Pieces of what a daemon said that are read before another one is refused because of it.
+_LAST_WORDS = 4
+
 #: Conditions: before the first daemon; and how those with a daemon, and after its failure, begin.
 _WAITING, _SERVING, _FAILED = "waiting for a daemon", "serving ", "failed: "
 _UNHEARD = "served by a daemon that has not brought its connection back to this plugin since it was restarted"
@@ -219,6 +222,10 @@ class Volume:
         except OSError as failure:
             log.warning("%s: a daemon cannot be let in: %s", self.target, failure.strerror)
             return
+        # The last one may have ended already.
+        for _ in range(_LAST_WORDS):
+            if self._channel is not None and select.select([self._channel], [], [], 0)[0]:
+                self._listen_to_daemon()
         _, user = peer(connection)
         if user not in {0, self._user}:
             self._refuse(connection, f"user {user} may not serve this volume")

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import select
+import signal
 import socket
 import struct
 import subprocess
@@ -164,6 +165,22 @@ def test_a_connection_that_somebody_aborts_is_replaced(node: Node, pod: Pod) -> 
     os.close(descriptor)
     pod.serve()
     assert pod.read() == pod.artifacts.content
+    node.unpublish(pod)
+
+
+def test_the_end_of_a_daemon_is_seen_before_the_next_one_is_let_in(node: Node, pod: Pod) -> None:
+    """The plugin may have had no time for either: both are there when it looks."""
+    node.publish(pod, reference=pod.artifacts.reference())
+    sidecar, _ = pod.serve()
+    node.process.send_signal(signal.SIGSTOP)
+    sidecar.kill()
+    sidecar.communicate()
+    with socket.socket(socket.AF_UNIX) as successor:
+        with short_path(pod.socket) as address:
+            successor.connect(address)
+        node.process.send_signal(signal.SIGCONT)
+        successor.settimeout(60)
+        assert b"init_request" in successor.recv(1 << 16)
     node.unpublish(pod)
 
 
