@@ -37,7 +37,7 @@ def command(
     directory: Annotated[
         str,
         typer.Argument(
-            metavar="[DIR]",
+            metavar="DIR",
             help="The mount point, an existing directory. Not needed with --fuse-fd.",
             show_default=False,
         ),

@@ -44,7 +44,7 @@ def command(
     ],
     destination: Annotated[
         str | None,
-        typer.Argument(metavar="[DEST]", help="Where to encrypt a directory or file to.", show_default=False),
+        typer.Argument(metavar="DEST", help="Where to encrypt a directory or file to.", show_default=False),
     ] = None,
     broker: Annotated[
         str, typer.Option("--broker", metavar="DIR", help="The broker's directory.", show_default=False)
