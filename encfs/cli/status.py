@@ -35,6 +35,8 @@ def command(
 
 
 def _lines(found: list[MountStatus]) -> Iterator[str]:
+    from encfs.mount.protocol import one_line
+
     for status in found:
         yield f"{status.mountpoint or '(mount point unknown)'}  {status.state}"
         if status.pid:
@@ -43,6 +45,8 @@ def _lines(found: list[MountStatus]) -> Iterator[str]:
             )
             yield f"    {status.reference} {status.content_digest}"
             yield f"    pid {status.pid}{running}"
+        if status.reason:
+            yield f"    restarts {status.restarts}: {one_line(status.reason)}"
         for counters in (status.stats, status.transfer):
             if any(counters.values()):
                 yield "    " + ", ".join(_counter(name, value) for name, value in counters.items())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from encfs.cli.status import _lines
 from encfs.mount.options import MountStatus
 
 
@@ -16,3 +17,9 @@ def test_a_status_of_a_later_version_is_taken_for_what_is_known_of_it() -> None:
 @pytest.mark.parametrize("document", [None, [], {}, {"mountpoint": 1}])
 def test_what_is_no_status(document: object) -> None:
     assert MountStatus.from_json(document) is None
+
+
+def test_why_a_daemon_was_lost_or_not_replaced_is_shown_on_one_line() -> None:
+    status = MountStatus("/m", "serving", restarts=2, reason="not replaced: no\nkey")
+    assert list(_lines([status]))[1:] == ["    restarts 2: not replaced: no key"]
+    assert len(list(_lines([MountStatus("/m", "serving")]))) == 1
