@@ -9,6 +9,7 @@ works as pyfuse3 made it.
 
 from __future__ import annotations
 
+import fcntl
 import inspect
 import os
 import select
@@ -48,6 +49,9 @@ def fuse_descriptors() -> frozenset[int]:
     found = set()
     for name in os.listdir(_DESCRIPTORS):
         try:
+            # A mount's own descriptor (fsmount(2)) is one of a path: to look at it is a request to this very process.
+            if fcntl.fcntl(int(name), fcntl.F_GETFL) & os.O_PATH:
+                continue
             status = os.fstat(int(name))
         except OSError:  # the listing's own descriptor
             continue
