@@ -231,7 +231,8 @@ def _open_volumes(
     """Several side by side: each asks the store for the top of its tree."""
 
     def open_one(descriptor: VolumeDescriptor) -> VolumeReader:
-        return _open_volume(source, content, descriptor, payload.volume(descriptor.id).key, cache_size, label)
+        key = payload.volume(descriptor.id).key
+        return open_volume(source, content, descriptor, key, cache_size=cache_size, label=label)
 
     if len(descriptors) == 1:
         return (open_one(descriptors[0]),)
@@ -246,14 +247,16 @@ def _open_volumes(
     return tuple(one.result() for one in opening)
 
 
-def _open_volume(
+def open_volume(
     source: BlobSource,
     content: ContentDescriptor,
     descriptor: VolumeDescriptor,
     key: bytes,
-    cache_size: int,
-    label: str,
+    *,
+    cache_size: int = DEFAULT_CACHE_SIZE,
+    label: str = "",
 ) -> VolumeReader:
+    """One volume, which closes its blobs. Raises: as `VolumeReader`, with the blobs closed; what the source raises."""
     tree, segments = open_volume_blobs(source, descriptor)
     try:
         return VolumeReader(descriptor, content.suite, key, tree, segments, cache_size=cache_size, label=label)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from encfs.artifact import LoadedArtifact, load_artifact, open_payload, open_volume_blobs
+from encfs.artifact import LoadedArtifact, load_artifact, open_payload, open_volume, open_volume_blobs
 from encfs.format.verification import verify_volume
 from encfs.format.volume import VolumeReader
 from encfs.image.artifact import check_listed_platform
@@ -66,11 +66,8 @@ def verify(
         if payload is not None:
             progress.begin("decrypt", sum(volume.size for volume in artifact.content.volumes))
             for descriptor in artifact.content.volumes:
-                tree, segments = open_volume_blobs(source, descriptor)
-                volume = VolumeReader(
-                    descriptor, artifact.content.suite, payload.volume(descriptor.id).key, tree, segments
-                )
-                _read_all(volume, progress)
+                key = payload.volume(descriptor.id).key
+                _read_all(open_volume(source, artifact.content, descriptor, key), progress)
     finally:
         progress.end()
     return VerifyResult(artifact, origin, frames, stored, payload is not None)

@@ -52,16 +52,16 @@ def add(
                     f"{kek} is a private key; the broker binds symmetric keys to artifacts",
                     hint="imagetool keygen --type oct, or --opaque FILE to release it as it is",
                 )
-            content, kind = bytearray(key.secret), state.KEY
+            content, kind, access = bytearray(key.secret), state.KEY, None
             key.wipe()
         else:
             content, access = read_key_file(str(opaque))
-            access.check()
             kind = state.OPAQUE
-        if not 0 < len(content) <= MAX_RESOURCE:
-            raise UsageError("the resource is empty or too large")
-
         try:
+            if access is not None:
+                access.check()
+            if not 0 < len(content) <= MAX_RESOURCE:
+                raise UsageError("the resource is empty or too large")
             rule = add_key(terminal, broker, name, kind, content)
         finally:
             wipe(content)
