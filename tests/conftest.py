@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -22,6 +23,9 @@ _SKIPPED = pytest.StashKey[list[tuple[str, str]]]()
 # Machines that run tests are shared: how long one example takes says nothing.
 settings.register_profile("encfs", deadline=None, print_blob=True)
 settings.load_profile("encfs")
+
+# Under nohup it is ignored, and programs that tests start would take that for somebody's wish.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -41,8 +41,7 @@ def work(tmp_path: Path) -> Path:
 
 @contextmanager
 def _started(path: Path, program: str, *words: str) -> Iterator[subprocess.Popen[str]]:
-    # Tests that nohup started have SIGHUP ignored, and so would what they start.
-    code = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); from {program}.cli import main; main()"
+    code = f"from {program}.cli import main; main()"
     process = subprocess.Popen(
         # Whoever watches it comes first, however busy the machine is: it must not be through before it is interrupted.
         ["nice", "-n", "19", sys.executable, "-c", code, *words],
