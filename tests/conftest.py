@@ -24,8 +24,9 @@ _SKIPPED = pytest.StashKey[list[tuple[str, str]]]()
 settings.register_profile("encfs", deadline=None, print_blob=True)
 settings.load_profile("encfs")
 
-# Under nohup it is ignored, and programs that tests start would take that for somebody's wish.
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# nohup has it ignored, which programs that tests start would take for somebody's wish; a handler is not handed down.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda _number, _frame: None)
 
 
 def pytest_configure(config: pytest.Config) -> None:
