@@ -123,7 +123,7 @@ class LayoutMaker:
         for _ in range(_ATTEMPTS):
             # What is gone again is being taken back by somebody else.
             with contextlib.suppress(FileNotFoundError):
-                self._path.mkdir(parents=True, exist_ok=True)
+                _make_directory(self._path)
                 self._make_files()
                 marker = os.open(self._path / LAYOUT_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
                 try:
@@ -195,6 +195,16 @@ class LayoutMaker:
             and (self._path / INDEX_FILE).read_bytes() == _EMPTY_INDEX
             and not any((self._path / BLOBS).iterdir())
         )
+
+
+def _make_directory(path: Path) -> None:
+    """With those above it, where they are missing. Raises: FileNotFoundError where one is gone again, OSError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        # pathlib looks only afterwards whether it is a directory, and takes one that is gone by then for another thing.
+        if os.path.islink(error.filename) or not stat.S_ISDIR(os.stat(error.filename).st_mode):
+            raise
 
 
 def _create(directory: int, name: str, content: bytes) -> bool:

@@ -630,6 +630,35 @@ def test_a_layout_is_not_taken_from_under_another_writer(path: Path) -> None:
         assert reading.read_blob(blob, limit=100) == b"content"
 
 
+def test_a_directory_that_is_taken_back_while_it_is_made(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pathlib makes it, is told that it is there, and only then looks whether it is a directory."""
+    path.mkdir()
+    real = Path.is_dir
+
+    def is_dir(self: Path, **options: bool) -> bool:
+        if self == path:
+            monkeypatch.undo()
+            path.rmdir()
+        return real(self, **options)
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    with closing(Layout(path, create=True)) as layout:
+        layout.put_manifest(b"{}", "m", tag="v1")
+    assert sorted(item.name for item in path.iterdir()) == ["blobs", "index.json", "oci-layout"]
+
+
+@pytest.mark.parametrize("what", ["file", "link"])
+def test_what_is_no_directory_is_not_waited_for(path: Path, what: str) -> None:
+    if what == "file":
+        path.write_text("x")
+    else:
+        path.symlink_to("nowhere")
+    with pytest.raises(StorageError, match="File exists"):
+        Layout(path, create=True)
+    with pytest.raises(StorageError, match=r"Not a directory|File exists"):
+        Layout(path / "below", create=True)
+
+
 def test_layouts_that_come_and_go_lose_nothing(path: Path) -> None:
     """Several processes make the same layout and take it back again, while others put something into it."""
     program = (
